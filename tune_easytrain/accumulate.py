@@ -1,0 +1,82 @@
+"""Gradients of one window, accumulated over micro-batches with exact weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tune_easytrain.batch import count_samples
+from tune_easytrain.task import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class AccumulationRecord:
+    """What one window was: its mean loss, samples, weight and micro-batches.
+
+    `loss` is the mean over everything the loss averages (samples, or tokens where the task weighs by
+    tokens), `weight` how many of those there were.
+    """
+
+    loss: float
+    num_samples: int
+    weight: float
+    microbatch_sizes: tuple[int, ...]
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    microbatches: Iterable[Batch],
+    *,
+    weight: Callable[[Batch], int] | None = None,
+) -> AccumulationRecord:
+    """Leave in every `.grad` the gradient of the mean loss over all the micro-batches together.
+
+    Each micro-batch's loss is multiplied by its weight before backward, and the gradients are divided
+    once by the weight of the whole window, as it really was: micro-batches of unequal size, a short last
+    window and token-weighted losses come out as the full batch would, to rounding. Gradients present at
+    entry are discarded. The iterable is read one micro-batch at a time.
+
+    Args:
+        model: the model; its parameters' gradients are the result.
+        loss: scalar loss of one micro-batch, a mean over what `weight` counts.
+        microbatches: batches already on the model's device; empty ones and such of weight 0 are passed over.
+        weight: how many things the mean of a batch averages over; default: its samples.
+
+    Raises:
+        ValueError: the window holds nothing at all.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> parts = [torch.ones(3, 2), torch.zeros(1, 2)]
+        >>> accumulate_gradients(model, lambda m, x: m(x).mean(), parts).num_samples
+        4
+        >>> model.weight.grad
+        tensor([[0.7500, 0.7500]])
+    """
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    total_loss: Tensor | None = None
+    total_weight = 0.0
+    sizes: list[int] = []
+    for batch in microbatches:
+        num_samples = count_samples(batch)
+        share = float(num_samples if weight is None else weight(batch))
+        sizes.append(num_samples)
+        if share == 0:
+            continue
+        weighted = loss(model, batch) * share
+        weighted.backward()  # type: ignore[no-untyped-call]
+        # Sums stay on the device: reading each one would wait for the device after every micro-batch.
+        total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
+        total_weight += share
+    if total_loss is None:
+        raise ValueError("a window without a single sample has no gradient")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, total_weight)
+    return AccumulationRecord(float(total_loss) / total_weight, sum(sizes), total_weight, tuple(sizes))

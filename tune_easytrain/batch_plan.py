@@ -1,0 +1,100 @@
+"""`BatchPlan`: an effective batch size as exact micro-batch sizes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How one worker reaches its share of the effective batch size.
+
+    Attributes:
+        effective_batch_size: samples behind one optimizer step, over all workers.
+        microbatch_limit: samples that one worker can hold at once.
+        num_workers, rank: how many workers share a window, and which of them this is.
+        microbatch_sizes: samples of each micro-batch of a full window on this worker. They differ by at
+            most one; the larger come first; a size is 0 where a worker has fewer samples than steps.
+    """
+
+    effective_batch_size: int
+    microbatch_limit: int
+    num_workers: int
+    rank: int
+    microbatch_sizes: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls, effective_batch_size: int, microbatch_limit: int, *, num_workers: int = 1, rank: int = 0
+    ) -> BatchPlan:
+        """Plan a window of `effective_batch_size` samples, at most `microbatch_limit` of them at a time.
+
+        The workers' shares differ by at most one. The number of accumulation steps is the smallest that
+        respects the limit, the same on every worker. Nothing has to be divisible by anything.
+
+        >>> BatchPlan.build(100, 24).microbatch_sizes
+        (20, 20, 20, 20, 20)
+        >>> BatchPlan.build(3, 1, num_workers=2, rank=1).microbatch_sizes
+        (1, 0)
+
+        Raises ValueError for sizes below one and for a rank that is not one of the workers.
+        """
+        for name, value in (
+            ("effective_batch_size", effective_batch_size),
+            ("microbatch_limit", microbatch_limit),
+            ("num_workers", num_workers),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= rank < num_workers:
+            raise ValueError(f"rank must be from 0 to {num_workers - 1}, got {rank}")
+        accumulation_steps = -(-_largest_share(effective_batch_size, num_workers) // microbatch_limit)
+        sizes = _even_parts(_share(effective_batch_size, num_workers, rank), accumulation_steps)
+        return cls(effective_batch_size, microbatch_limit, num_workers, rank, sizes)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches behind one optimizer step on this worker; the same on every worker."""
+        return len(self.microbatch_sizes)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples of the largest micro-batch of this worker."""
+        return max(self.microbatch_sizes)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one full window that are this worker's own."""
+        return sum(self.microbatch_sizes)
+
+    def for_window(self, num_samples: int) -> BatchPlan:
+        """Return the plan of a window of `num_samples` in all, such as the short last one of an epoch."""
+        if num_samples == self.effective_batch_size:
+            return self
+        return BatchPlan.build(
+            num_samples, self.microbatch_limit, num_workers=self.num_workers, rank=self.rank
+        )
+
+    def windows(self, num_samples: int) -> Iterator[BatchPlan]:
+        """Yield the plan of every window of an epoch of `num_samples` samples over all workers."""
+        for start in range(0, num_samples, self.effective_batch_size):
+            yield self.for_window(min(self.effective_batch_size, num_samples - start))
+
+    def window_offset(self) -> int:
+        """Return where this worker's share begins among the samples of a window."""
+        return sum(
+            _share(self.effective_batch_size, self.num_workers, rank) for rank in range(self.rank)
+        )
+
+
+def _share(num_samples: int, num_workers: int, rank: int) -> int:
+    return num_samples // num_workers + (rank < num_samples % num_workers)
+
+
+def _largest_share(num_samples: int, num_workers: int) -> int:
+    return _share(num_samples, num_workers, 0)
+
+
+def _even_parts(num_samples: int, num_parts: int) -> tuple[int, ...]:
+    return tuple(_share(num_samples, num_parts, part) for part in range(num_parts))

@@ -1,0 +1,167 @@
+"""The child process that runs a trial's torch code, and the pipe to it. No torch, no Ray here.
+
+Children come from a `multiprocessing` forkserver that has imported torch but run nothing, so each starts
+in a fraction of a second with a clean device. A child that is killed, crashes or hangs takes nothing
+else with it, and what it held on the device goes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
+
+_PRELOADED_MODULES = ["torch", "torchvision", "torchmetrics", "tune_easytrain.device_session"]
+
+# Freed blocks go back to the system at once: a cap on a CPU is useless while malloc hoards them.
+_MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
+# What Ray sets anew for each trial, while the forkserver keeps what it was started with.
+_FORWARDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+_PR_SET_PDEATHSIG = 1
+_KILL_WAIT_SECONDS = 10.0
+_main_module_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteError:
+    """An exception that ended the work of a child: itself where it can be pickled, and its traceback."""
+
+    payload: bytes | None
+    type_name: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def from_exception(cls, error: BaseException) -> RemoteError:
+        """Take down an exception so that it can cross to another process."""
+        text = "".join(traceback.format_exception(error))
+        try:
+            payload: bytes | None = cloudpickle.dumps(error)
+            cloudpickle.loads(payload)
+        except Exception as pickling_error:  # noqa: BLE001 -- the exception's own code may raise anything
+            payload = None
+            text += f"(the exception itself could not be pickled: {pickling_error!r})\n"
+        return cls(payload, type(error).__name__, str(error), text)
+
+    def exception(self) -> BaseException:
+        """Return the exception with its own type, the child's traceback added as a note."""
+        if self.payload is None:
+            return TuneEasyTrainError(f"{self.type_name}: {self.message}\n{self.traceback}")
+        error: BaseException = cloudpickle.loads(self.payload)
+        error.add_note(f"in the trial's process:\n{self.traceback}")
+        return error
+
+
+class ChildProcess:
+    """One child, and the messages to and from it.
+
+    Raises ChildDiedError wherever the child turns out to be gone.
+    """
+
+    def __init__(self, opening: Any) -> None:
+        """Start a child that serves the device session described by `opening`."""
+        os.environ.update(_MALLOC_ENVIRONMENT)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED_MODULES)
+        self._connection, theirs = context.Pipe()
+        environment = {name: os.environ.get(name) for name in _FORWARDED_VARIABLES}
+        self._process = context.Process(
+            target=_child_main, args=(theirs, cloudpickle.dumps(opening), environment), daemon=False
+        )
+        with _main_module_hidden():
+            self._process.start()
+        theirs.close()
+
+    def send(self, message: Any) -> None:
+        """Send a message to the child."""
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death() from None
+
+    def receive(self, timeout_seconds: float | None = None) -> Any:
+        """Wait for the child's next message.
+
+        Raises TimeoutError after `timeout_seconds`, and what the child raised, with its own type.
+        """
+        try:
+            if timeout_seconds is not None and not self._connection.poll(timeout_seconds):
+                raise TimeoutError(f"no answer from the trial's process in {timeout_seconds:g} s")
+            message = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._death() from None
+        if isinstance(message, RemoteError):
+            raise message.exception()
+        return message
+
+    def kill(self) -> None:
+        """End the child now, if it still runs, and wait until it is gone."""
+        self._process.kill()
+        self._process.join(_KILL_WAIT_SECONDS)
+        self._connection.close()
+
+    def _death(self) -> ChildDiedError:
+        self._process.join(_KILL_WAIT_SECONDS)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            number = -code
+            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+            hint = ", as the kernel does when the machine's memory runs out" if name == "SIGKILL" else ""
+            return ChildDiedError(f"the trial's process was ended by {name}{hint}")
+        return ChildDiedError(f"the trial's process ended without a word, exit code {code}")
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep `multiprocessing` from running the caller's script again in the child.
+
+    A child needs nothing of it (tasks travel pickled by value), a Ray worker's main module would drag Ray
+    in, and a script without a `__main__` guard would start itself for ever.
+    """
+    main = sys.modules["__main__"]
+    with _main_module_lock:
+        hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+        main.__dict__["__spec__"] = None
+        try:
+            yield
+        finally:
+            main.__dict__.pop("__spec__", None)
+            main.__dict__.update(hidden)
+
+
+def _child_main(connection: Connection, opening_payload: bytes, environment: dict[str, str | None]) -> None:
+    # The forkserver ends when its owner does; the kernel then ends this process, even inside a C call.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides what Ctrl-C means
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    from tune_easytrain.device_session import serve
+
+    try:
+        serve(connection, cloudpickle.loads(opening_payload))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the owner is gone or has had enough
+    except BaseException as error:
+        connection.send(RemoteError.from_exception(error))
+        raise SystemExit(0) from None

@@ -1,0 +1,148 @@
+"""What has to fit together between the sections of a sweep file, whatever each section says by itself.
+
+The checks read the file's plain data, so that they find their faults even where a section has others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tune_easytrain.config_issues import Issue
+from tune_easytrain.errors import did_you_mean
+from tune_easytrain.grid import BATCH_SIZE_KEY
+from tune_easytrain.yaml_source import YamlPath
+
+_PAIR_PATH: YamlPath = ("grid_search", "pair")
+_GRID_PATH: YamlPath = ("grid_search", "grid")
+
+
+def sweep_issues(data: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield what does not fit together in the data of a sweep file."""
+    grid = _mapping(_mapping(data, "grid_search"), "grid")
+    yield from _pair_issues(_mapping(data, "grid_search").get("pair"), grid)
+    yield from _constant_issues(_mapping(data, "config"), grid)
+    yield from _batch_size_issues(data, grid)
+    yield from _probe_issues(data, grid)
+    yield from _run_issues(data, grid)
+
+
+def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _pair_issues(pair: Any, grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield the faults of explicit pair groups: keys, kinds and lengths."""
+    seen: dict[str, int] = {}
+    for number, group in enumerate(pair if isinstance(pair, list) else []):
+        if not isinstance(group, list) or not all(isinstance(key, str) for key in group):
+            continue
+        if len(group) < 2:
+            yield Issue((*_PAIR_PATH, number), f"{group} is a group of {len(group)}", "name two keys or more")
+        for place, key in enumerate(group):
+            path = (*_PAIR_PATH, number, place)
+            if key not in grid:
+                yield Issue(path, f"{key!r} is not in the grid", did_you_mean(key, grid))
+            elif isinstance(grid[key], dict):
+                problem = f"{key!r} is a distribution, which has no length to pair by"
+                yield Issue(path, problem, "take it out of the group")
+            if key in seen:
+                where = "twice in this group" if seen[key] == number else f"in group {seen[key]} too"
+                yield Issue(path, f"{key!r} is {where}", "keep it in one place")
+            seen.setdefault(key, number)
+        lengths = {key: _length(grid[key]) for key in group if key in grid and _length(grid[key])}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            problem = f"paired keys must be equally long: {shown}"
+            yield Issue((*_PAIR_PATH, number), problem, "give each the same number of values")
+
+
+def _length(entry: Any) -> int:
+    """Return how many values a grid entry lists; 0 for a distribution or an entry that has none."""
+    if isinstance(entry, list):
+        return len(entry)
+    return 0 if isinstance(entry, dict) else 1
+
+
+def _constant_issues(constants: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield the grid keys that lead through a constant which is not a mapping."""
+    for key in grid:
+        found: Any = constants
+        parts = key.split(".")
+        for depth, part in enumerate(parts[:-1], start=1):
+            if part not in found:
+                break
+            found = found[part]
+            if not isinstance(found, dict):
+                parent = ".".join(parts[:depth])
+                problem = f"{key!r} leads into config.{parent}, which is {found!r:.80} and not a mapping"
+                yield Issue((*_GRID_PATH, key), problem, f"remove config.{parent}, or rename the grid key")
+                break
+
+
+def _batch_size_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if some trial would have no batch size, though it needs one."""
+    if None not in _values(data, grid, "batch", "effective_batch_size") or _every_trial_has_own(data, grid):
+        return
+    probe_is_off = all(value == "off" for value in _values(data, grid, "batch", "probe"))
+    if probe_is_off and None not in _values(data, grid, "train", "function"):
+        return
+    problem = f"no batch size: neither batch.effective_batch_size nor {BATCH_SIZE_KEY} is given"
+    remedy = (
+        "write batch: {effective_batch_size: 128}, the same for all trials, or list "
+        f"{BATCH_SIZE_KEY}: [...] under grid_search.grid"
+    )
+    yield Issue(("batch", "effective_batch_size"), problem, remedy)
+
+
+def _every_trial_has_own(data: Mapping[str, Any], grid: Mapping[str, Any]) -> bool:
+    """Tell whether every trial has an `hp.batch_size`, be it a constant or in the grid."""
+    parent, _, name = BATCH_SIZE_KEY.partition(".")
+    if BATCH_SIZE_KEY in grid or name in _mapping(_mapping(data, "config"), parent):
+        return True
+    entry = grid.get(parent)
+    if isinstance(entry, dict):
+        entry = entry.get("choice")
+    return isinstance(entry, list) and all(isinstance(item, dict) and name in item for item in entry)
+
+
+def _probe_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if there is a training function, no task, and yet something is to be probed."""
+    if data.get("task") is not None:
+        return
+    functions = [value for value in _values(data, grid, "train", "function") if value is not None]
+    if functions and any(value == "auto" for value in _values(data, grid, "batch", "probe")):
+        problem = f"there is nothing to probe: train.function is {functions[0]!r} and there is no task"
+        yield Issue(("batch", "probe"), problem, "write batch: {probe: off}, or name a task")
+
+
+def _run_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield the faults of `run` that show only beside the other sections."""
+    run = _mapping(data, "run")
+    num_samples = run.get("num_samples")
+    has_distribution = any(isinstance(entry, dict) for entry in grid.values())
+    if type(num_samples) is int and num_samples > 1 and not has_distribution:
+        problem = f"{num_samples} samples of a grid without a distribution would repeat the same trials"
+        yield Issue(("run", "num_samples"), problem, "remove it, or draw a grid key from a distribution")
+    grace_period = _mapping(run, "scheduler").get("grace_period")
+    epochs = [value for value in _values(data, grid, "train", "epochs") if type(value) is int]
+    if type(grace_period) is int and epochs and grace_period > max(epochs) >= 1:
+        problem = (
+            f"{grace_period} is more than the {max(epochs)} epochs of a trial, so nothing would be stopped"
+        )
+        yield Issue(("run", "scheduler", "grace_period"), problem, f"give at most {max(epochs)}")
+
+
+_DEFAULTS: Mapping[tuple[str, str], Any] = {("batch", "probe"): "auto", ("train", "epochs"): 1}
+
+
+def _values(data: Mapping[str, Any], grid: Mapping[str, Any], section: str, name: str) -> list[Any]:
+    """Return every value a field of a section takes in the sweep, whether listed or constant."""
+    entry = grid.get(f"{section}.{name}")
+    if isinstance(entry, dict):
+        (args,) = entry.values() if len(entry) == 1 else ([],)
+        return list(args) if isinstance(args, list) else []
+    if entry is not None:
+        return entry if isinstance(entry, list) else [entry]
+    return [_mapping(data, section).get(name, _DEFAULTS.get((section, name)))]

@@ -1,0 +1,103 @@
+"""The probe by itself, for those who have a training program of their own. No torch in this process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any, Literal
+
+from tune_easytrain.probe import ProbeResult, Search, find_largest
+from tune_easytrain.protocol import Opening
+from tune_easytrain.settings import TrialSettings
+from tune_easytrain.task import BuildTask
+from tune_easytrain.task_source import pickle_function
+from tune_easytrain.trial_children import TrialChildren
+
+_ATTEMPT_TIMEOUT_SECONDS = 600.0
+
+
+def find_microbatch(
+    build_task: BuildTask,
+    config: dict[str, Any],
+    *,
+    limit: int,
+    start: int | None = None,
+    search: Search = "confirm",
+    device: str | None = None,
+    budget_bytes: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> ProbeResult:
+    """Find the largest micro-batch of a task that fits on a device; every size returned was run.
+
+    Each attempt runs in a process of its own, so that nothing stays on the device.
+
+    Args:
+        build_task: config to Task.
+        config: what `build_task` is called with.
+        limit: the most samples worth having; never exceeded.
+        start: the first size to try; default: the limit.
+        search: `confirm` is content with the first size that fits, `grow` goes on from it.
+        device: `cuda` or `cpu`; default: a GPU where there is one.
+        budget_bytes: memory that may be used; default: 90 % of the device.
+        precision: number format of the forward passes.
+
+    Raises:
+        ValueError: `limit` or `start` is below one.
+        NotEnoughMemoryError: not even one sample fits.
+        Exception: whatever the task's own code raises, with its type.
+    """
+    for name, value in (("limit", limit), ("start", start), ("budget_bytes", budget_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:
+        children = TrialChildren(
+            Opening(
+                task_payload=pickle_function(build_task, "build_task"),
+                function_payload=None,
+                config=config,
+                settings=_settings(limit, start, search, budget_bytes, precision),
+                device=device or "auto",
+                device_share=1.0,
+                num_threads=len(os.sched_getaffinity(0)),
+                scratch_dir=scratch_dir,
+            )
+        )
+        try:
+            opened = children.open()
+            assert opened.num_train_samples is not None
+            return find_largest(
+                lambda size: children.attempt(size, _ATTEMPT_TIMEOUT_SECONDS),
+                limit=min(limit, opened.num_train_samples),
+                budget_bytes=opened.budget_bytes,
+                start=start,
+                search=search,
+            )
+        finally:
+            children.kill()
+
+
+def _settings(
+    limit: int,
+    start: int | None,
+    search: Search,
+    budget_bytes: int | None,
+    precision: Literal["fp32", "bf16"],
+) -> TrialSettings:
+    return TrialSettings(
+        effective_batch_size=limit,
+        microbatch_limit=limit,
+        memory_fraction=0.9,
+        memory_budget_bytes=budget_bytes,
+        probe="auto",
+        search=search,
+        start=start,
+        probe_timeout_seconds=_ATTEMPT_TIMEOUT_SECONDS,
+        epochs=1,
+        patience=None,
+        clip_norm=None,
+        seed=0,
+        precision=precision,
+        loader_workers=0,
+        metric="train_loss",
+        mode="min",
+    )

@@ -1,0 +1,189 @@
+"""A trial's torch code on its device: opened once, asked for attempts, then for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+from tune_easytrain import train_loop
+from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.errors import OutOfMemoryInTrainingError, TaskError
+from tune_easytrain.memory import BudgetRequest, ErrorKind, classify_error, device_memory
+from tune_easytrain.probe import Attempt
+from tune_easytrain.probe_attempt import run_attempt
+from tune_easytrain.protocol import (
+    AttemptReply,
+    AttemptRequest,
+    Continue,
+    Finished,
+    Opened,
+    Opening,
+    Report,
+    TrainRequest,
+)
+from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.task import Task
+from tune_easytrain.trial_context import TrialContext, load_checkpoint
+
+_CLEAN_TOLERANCE_BYTES = 64 * 2**20
+"""What libraries keep for themselves after a pass: workspaces, handles, caches of compiled kernels."""
+
+
+class DeviceSession:
+    """The device side of one trial: its task, its device, its memory cap.
+
+    Raises TaskError for a task that cannot be trained, before anything is tried.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        self._settings = opening.settings
+        torch.set_num_threads(opening.num_threads)
+        self._device = _choose_device(opening.device)
+        self._task = _build_task(opening)
+        self._num_train_samples = self._count_train_samples()
+        self.memory = device_memory(self._device)
+        self.budget_bytes = opening.budget_bytes or self.memory.budget_bytes(
+            BudgetRequest(
+                memory_fraction=self._settings.memory_fraction,
+                device_share=opening.device_share,
+                memory_budget_bytes=self._settings.memory_budget_bytes,
+            )
+        )
+        self.memory.cap(self.budget_bytes)
+
+    def opened(self) -> Opened:
+        """Describe the device, the budget and the data."""
+        return Opened(
+            device_name=device_name(self._device),
+            budget_bytes=self.budget_bytes,
+            num_train_samples=self._num_train_samples,
+            metric_names=self._metric_names(),
+            resumed_microbatch_limit=self._resumed_limit(),
+        )
+
+    def attempt(self, microbatch_size: int) -> AttemptReply:
+        """Try one micro-batch size; bugs in the task are raised as they are."""
+        assert self._task is not None, "an attempt needs a task"
+        used_before = self.memory.used_bytes()
+        attempt: Attempt = run_attempt(
+            self._task,
+            microbatch_size,
+            device=self._device,
+            memory=self.memory,
+            precision=self._settings.precision,
+            clip_norm=self._settings.clip_norm,
+        )
+        kept_bytes = self.memory.used_bytes() - used_before
+        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= _CLEAN_TOLERANCE_BYTES)
+
+    def train(self, microbatch_limit: int | None, send: Callable[[Report], None]) -> None:
+        """Run the training function to its end; `send` takes each report.
+
+        Raises OutOfMemoryInTrainingError, with what to change, when memory runs out.
+        """
+        function = train_loop.train
+        if self._opening.function_payload is not None:
+            function = cloudpickle.loads(self._opening.function_payload)
+        checkpoint = self._opening.checkpoint_path
+        self.memory.reset_peak()
+        context = TrialContext(
+            task=self._task,
+            device=self._device,
+            batch_plan=self._plan(microbatch_limit),
+            settings=self._settings,
+            memory=self.memory,
+            scratch_dir=Path(self._opening.scratch_dir),
+            checkpoint_path=None if checkpoint is None else Path(checkpoint),
+            send=send,
+        )
+        try:
+            function(self._opening.config, context)
+        except Exception as error:
+            if classify_error(error) is not ErrorKind.MEMORY:
+                raise
+            raise OutOfMemoryInTrainingError(
+                f"memory ran out in training with micro-batches of {microbatch_limit} samples: "
+                f"{str(error).splitlines()[0]}. Lower hp.batch_size or batch.memory_fraction, or set "
+                "batch.probe: auto where it is off"
+            ) from error
+
+    def _plan(self, microbatch_limit: int | None) -> BatchPlan | None:
+        effective = self._settings.effective_batch_size
+        if effective is None or microbatch_limit is None:
+            return None
+        return BatchPlan.build(effective, min(microbatch_limit, effective))
+
+    def _count_train_samples(self) -> int | None:
+        if self._task is None:
+            return None
+        with kept_random_state():
+            data: Any = self._task.train_data()
+        if not hasattr(data, "__len__"):
+            raise TaskError(
+                f"train_data() returned a {type(data).__name__} without a length; give a map-style Dataset"
+            )
+        if len(data) == 0:
+            raise TaskError("train_data() returned a data set without a single sample")
+        return len(data)
+
+    def _metric_names(self) -> tuple[str, ...] | None:
+        if self._opening.function_payload is not None or self._task is None:
+            return None
+        return tuple(train_loop.metric_names(self._task))
+
+    def _resumed_limit(self) -> int | None:
+        if self._opening.checkpoint_path is None or self._opening.function_payload is not None:
+            return None
+        return train_loop.checkpoint_microbatch_limit(load_checkpoint(Path(self._opening.checkpoint_path)))
+
+
+def serve(connection: Connection, opening: Opening) -> None:
+    """Answer a trial's requests until training has ended; errors are the caller's to send."""
+    session = DeviceSession(opening)
+    connection.send(session.opened())
+
+    def send(report: Report) -> None:
+        connection.send(report)
+        reply = connection.recv()
+        assert isinstance(reply, Continue)
+
+    while True:
+        request = connection.recv()
+        if isinstance(request, AttemptRequest):
+            connection.send(session.attempt(request.microbatch_size))
+        elif isinstance(request, TrainRequest):
+            session.train(request.microbatch_limit, send)
+            connection.send(Finished())
+            return
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device's name as people know it, `cpu` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TaskError(
+            "the trial was given a GPU but torch sees none on this node; "
+            "check the driver and that torch was built for CUDA"
+        )
+    return device
+
+
+def _build_task(opening: Opening) -> Task | None:
+    if opening.task_payload is None:
+        return None
+    task = cloudpickle.loads(opening.task_payload)(opening.config)
+    if not isinstance(task, Task):
+        raise TaskError(f"the task function returned a {type(task).__name__}, not a tune_easytrain.Task")
+    return task

@@ -1,0 +1,114 @@
+"""The errors a user can meet. Each says what was wrong, where, and what to change."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def nearest_names(value: object, valid: Iterable[str], count: int = 3) -> list[str]:
+    """Return the valid names that look most like `value`, best first; empty when none is close."""
+    return difflib.get_close_matches(str(value), list(valid), n=count, cutoff=0.5)
+
+
+def did_you_mean(value: object, valid: Iterable[str]) -> str:
+    """Return a remedy that names the nearest valid names, or all of them when none is close."""
+    names = list(valid)
+    close = nearest_names(value, names)
+    if close:
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    return f"valid: {', '.join(names)}"
+
+
+class TuneEasyTrainError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class BadInputError(TuneEasyTrainError):
+    """What the user gave cannot be used. The command line answers with exit code 2 and no traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong in a sweep file.
+
+    `source` is the file (or where else the value came from), `path` the dotted YAML path, `line` counts
+    from 1 and is None where the value has no place in a file, `problem` names the value, `remedy` says
+    what to write instead.
+    """
+
+    source: str
+    path: str
+    problem: str
+    remedy: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = self.source if self.line is None else f"{self.source}:{self.line}"
+        where = f"{place}: {self.path}: " if self.path else f"{place}: "
+        return f"{where}{self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(BadInputError):
+    """A sweep file that cannot be run; `faults` lists everything wrong with it, in the file's order."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__(list(faults))
+        self.faults = list(faults)
+
+    def __str__(self) -> str:
+        if len(self.faults) == 1:
+            return str(self.faults[0])
+        return "\n".join([f"{len(self.faults)} faults:", *(f"  {fault}" for fault in self.faults)])
+
+
+class UnknownNameError(BadInputError):
+    """A value that has to be one of a list of names and is not.
+
+    Tasks raise it for a model or data set they do not have; `validate` then shows the line of the sweep
+    file that asked for it. `key` is the dotted config key, `valid` the names that would do.
+    """
+
+    def __init__(self, key: str, value: object, valid: Sequence[str]) -> None:
+        super().__init__(key, value, list(valid))
+        self.key, self.value, self.valid = key, value, list(valid)
+
+    def __str__(self) -> str:
+        return f"{self.key}: unknown name {self.value!r}; {did_you_mean(self.value, self.valid)}"
+
+
+class TaskError(BadInputError):
+    """The task of a sweep cannot be loaded, or returned something that is not a `Task`."""
+
+
+class DataError(BadInputError):
+    """The data a task needs is not there or not usable."""
+
+
+class RunDirectoryError(BadInputError):
+    """A folder that is not a usable run directory."""
+
+
+class InsufficientResourcesError(BadInputError):
+    """No node of the cluster can ever hold one trial as it was asked for."""
+
+
+class MetricError(BadInputError):
+    """The sweep's metric is not among those that its trials report."""
+
+
+class NotEnoughMemoryError(TuneEasyTrainError):
+    """Not even one sample fits into the memory budget."""
+
+
+class OutOfMemoryInTrainingError(TuneEasyTrainError):
+    """Memory ran out while training at a size that the probe had confirmed, or with the probe off."""
+
+
+class NonFiniteLossError(TuneEasyTrainError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class ChildDiedError(TuneEasyTrainError):
+    """The process that ran a trial's torch code ended without a word (killed, crashed, or hung)."""

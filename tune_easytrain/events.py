@@ -1,0 +1,144 @@
+"""Events: everything that is known of a trial, in the order in which it happened, one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to a trial; `time` is seconds since the epoch, by the clock it happened on."""
+
+    kind: ClassVar[str] = ""
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> str:
+        """Return the event as one line of JSON."""
+        return json.dumps({"event": self.kind, **asdict(self)}, default=str)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created(Event):
+    """The sweep holds this trial. `config` lacks what a distribution has yet to draw."""
+
+    kind: ClassVar[str] = "created"
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Event):
+    """The trial has its resources. `config` is complete; `resumed` says that it goes on from a checkpoint."""
+
+    kind: ClassVar[str] = "started"
+    config: dict[str, Any]
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed(Event):
+    """The probe is over. `attempts` holds every size tried with outcome, peak_bytes, seconds and message."""
+
+    kind: ClassVar[str] = "probed"
+    microbatch_size: int | None
+    budget_bytes: int
+    bounded_by: str
+    seconds: float
+    attempts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Event):
+    """Training begins with this batch plan on this device."""
+
+    kind: ClassVar[str] = "planned"
+    device: str
+    budget_bytes: int
+    effective_batch_size: int | None
+    microbatch_size: int | None
+    accumulation_steps: int | None
+    num_workers: int
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported(Event):
+    """One report of the training function, usually one epoch."""
+
+    kind: ClassVar[str] = "reported"
+    metrics: dict[str, float]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEnded(Event):
+    """The training function has returned, or said that nothing follows."""
+
+    kind: ClassVar[str] = "training_ended"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Event):
+    """The trial ended with an error. `error` is one line with the type, `details` the traceback."""
+
+    kind: ClassVar[str] = "failed"
+    error: str
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The trial is done and its last checkpoint is stored."""
+
+    kind: ClassVar[str] = "finished"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped(Event):
+    """The sweep's scheduler ended the trial early."""
+
+    kind: ClassVar[str] = "stopped"
+    reason: str
+
+
+_KINDS: dict[str, type[Event]] = {
+    event.kind: event
+    for event in (Created, Started, Probed, Planned, Reported, TrainingEnded, Failed, Finished, Stopped)
+}
+
+
+def append_events(path: Path, events: Iterable[Event]) -> None:
+    """Add events to a trial's file; a half-written last line of a killed driver is closed first."""
+    text = "".join(f"{event.to_json()}\n" for event in events)
+    with path.open("a+b") as file:
+        if file.seek(0, 2) and (file.seek(-1, 2) or file.read(1) != b"\n"):
+            text = "\n" + text
+        file.write(text.encode())
+
+
+def load_events(path: Path) -> Iterator[Event]:
+    """Yield the events of a trial's file; lines that are no whole event are passed over.
+
+    Fields that this version does not know are dropped, so that a newer sweep can still be read.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            event = _parse(line)
+            if event is not None:
+                yield event
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        values = json.loads(line)
+        event_type = _KINDS[values.pop("event")]
+        known = {f.name for f in fields(event_type)}
+        return event_type(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

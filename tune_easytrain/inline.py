@@ -1,0 +1,109 @@
+"""Trials one after another in the caller's own process, so that a debugger works in the task's code."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.device_session import DeviceSession
+from tune_easytrain.errors import TuneEasyTrainError
+from tune_easytrain.events import Finished, Reported, Started
+from tune_easytrain.probe import find_largest
+from tune_easytrain.protocol import Opening, Report
+from tune_easytrain.recorder import SweepRecorder
+from tune_easytrain.run_directory import trial_id
+from tune_easytrain.search_space import build_trial_space, param_space
+from tune_easytrain.settings import TrialSettings
+from tune_easytrain.trial import (
+    describe_plan,
+    failed_event,
+    microbatch_limit,
+    probed_event,
+    require_metric,
+    search_start,
+)
+
+
+def run_trials_inline(
+    config: SweepConfig,
+    task: bytes | None,
+    function: bytes | None,
+    recorder: SweepRecorder,
+    max_experiments: int | None,
+) -> None:
+    """Run every trial here. A failure of a trial's own code is raised at once, where a debugger can see it.
+
+    Schedulers do not apply, and nothing is stored to resume from.
+    """
+    for index, trial_config in enumerate(_trial_configs(config, max_experiments)):
+        settings = TrialSettings.from_config(trial_config, metric=config.run.metric, mode=config.run.mode)
+        name = trial_id(index)
+        recorder.record(name, Started(config=trial_config))
+        with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:
+            opening = Opening(
+                task_payload=task,
+                function_payload=function,
+                config=trial_config,
+                settings=settings,
+                device="cuda" if config.trial.resources.gpu else "cpu",
+                device_share=1.0,
+                num_threads=max(1, int(config.trial.resources.cpu)),
+                scratch_dir=scratch_dir,
+            )
+            try:
+                _run_trial(opening, name, recorder)
+            except TuneEasyTrainError as error:
+                recorder.record(name, failed_event(error))
+            except BaseException as error:
+                recorder.record(name, failed_event(error))
+                raise
+
+
+def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
+    settings = opening.settings
+    session = DeviceSession(opening)
+    try:
+        opened = session.opened()
+        require_metric(settings.metric, opened.metric_names)
+        limit = microbatch_limit(settings, opened)
+        if limit is not None and settings.probe == "auto":
+            start, search = search_start(settings, opened)
+            result = find_largest(
+                lambda size: session.attempt(size).attempt,
+                limit=limit,
+                budget_bytes=opened.budget_bytes,
+                start=start,
+                search=search,
+            )
+            limit = result.microbatch_size
+            recorder.record(
+                name, probed_event(result.attempts, result.budget_bytes, limit, result.bounded_by)
+            )
+        recorder.record(name, describe_plan(settings, opened, limit))
+        reasons = ["the training function returned"]
+
+        def take(report: Report) -> None:
+            require_metric(settings.metric, report.metrics)
+            recorder.record(
+                name, Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes)
+            )
+            if report.is_final:
+                reasons.append(report.reason)
+
+        session.train(limit, take)
+        recorder.record(name, Finished(reason=reasons[-1]))
+    finally:
+        session.memory.uncap()
+
+
+def _trial_configs(config: SweepConfig, max_experiments: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the trials' configs as Ray would, distributions drawn."""
+    from ray.tune.search.variant_generator import generate_variants
+
+    space = build_trial_space(config)
+    for _ in range(config.run.num_samples):
+        for _, params in generate_variants(param_space(config, max_experiments=max_experiments)):
+            yield space.config_from_ray(params)

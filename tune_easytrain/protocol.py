@@ -1,0 +1,98 @@
+"""The messages between a trial and its child process on the device. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tune_easytrain.settings import TrialSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """Everything a child needs to know of its trial.
+
+    Attributes:
+        task_payload: `build_task`, pickled by value; None where the trial has no task.
+        function_payload: the user's own training function, pickled by value; None: the default loop.
+        config: the trial's nested config.
+        device: `cuda` or `cpu`; `auto` is a GPU where there is one.
+        device_share: this trial's share of the device's memory, 0 to 1.
+        num_threads: torch's threads on the CPU.
+        scratch_dir: a folder of the trial's own for checkpoints on their way to storage.
+        checkpoint_path: the checkpoint to go on from.
+        budget_bytes: the memory budget found by an earlier child of this trial.
+    """
+
+    task_payload: bytes | None
+    function_payload: bytes | None
+    config: dict[str, Any]
+    settings: TrialSettings
+    device: str
+    device_share: float
+    num_threads: int
+    scratch_dir: str
+    checkpoint_path: str | None = None
+    budget_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The child's first message.
+
+    `budget_bytes` is what the child is capped at. `num_train_samples` is None without a task, `metric_names`
+    None where a function of the user's own reports whatever it likes.
+    """
+
+    device_name: str
+    budget_bytes: int
+    num_train_samples: int | None
+    metric_names: tuple[str, ...] | None
+    resumed_microbatch_limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRequest:
+    """Ask the child to try one micro-batch size; it answers with an `AttemptReply`."""
+
+    microbatch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReply:
+    """An attempt's result, and whether the child's memory is back where it was before."""
+
+    attempt: Any  # probe.Attempt
+    is_clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRequest:
+    """Ask the child to train with at most this many samples at once."""
+
+    microbatch_limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Metrics of one epoch (or of one report of the user's own function).
+
+    `checkpoint_path` is a file in the scratch folder, or None. `is_final` says that nothing follows, and
+    `reason` why. The child waits for a `Continue` before it goes on.
+    """
+
+    metrics: dict[str, float]
+    peak_memory_bytes: int
+    checkpoint_path: str | None = None
+    is_final: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """The report has been taken; go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The training function has returned."""

@@ -1,0 +1,115 @@
+"""The recorder: the driver's one writer of trial events, and Ray's callback that feeds it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from ray import tune
+from ray.util.queue import Queue
+
+from tune_easytrain.events import Event, Failed, Finished, Stopped, TrainingEnded, append_events
+from tune_easytrain.run_directory import RunDirectory
+from tune_easytrain.sweep_trial import readable_id
+from tune_easytrain.trial_record import TrialRecord
+
+_DRAIN_INTERVAL_SECONDS = 0.1
+
+Watch = Callable[[TrialRecord, Event], None]
+
+
+class SweepRecorder:
+    """Writes events to the trials' files and keeps the trials' records up to date.
+
+    Args:
+        directory: the run directory.
+        records: what is known of the trials so far, by id; ended ones are not touched any more.
+        watch: told of every event, with the trial as it then stands.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, records: Mapping[str, TrialRecord], watch: Watch | None = None
+    ) -> None:
+        self._directory = directory
+        self._records = dict(records)
+        self._ended = {trial_id for trial_id, record in records.items() if record.state.is_final}
+        self._reasons: dict[str, str] = {}
+        self._watch = watch
+        self._queue: Queue | None = None
+        self._last_drain = 0.0
+
+    def record(self, trial_id: str, event: Event) -> None:
+        """Write one event, unless the trial has ended."""
+        if trial_id in self._ended:
+            return
+        append_events(self._directory.trial_path(trial_id), [event])
+        record = self._records.setdefault(trial_id, TrialRecord(trial_id))
+        record.add(event)
+        if isinstance(event, TrainingEnded):
+            self._reasons[trial_id] = event.reason
+        if record.state.is_final:
+            self._ended.add(trial_id)
+        if self._watch is not None:
+            self._watch(record, event)
+
+    def listen_to(self, queue: Queue) -> None:
+        """Take the events that workers put into `queue` from now on."""
+        self._queue = queue
+
+    def drain(self, *, force: bool = False) -> None:
+        """Write what workers have sent; at most ten times a second unless forced."""
+        now = time.monotonic()
+        if self._queue is None or (not force and now - self._last_drain < _DRAIN_INTERVAL_SECONDS):
+            return
+        self._last_drain = now
+        num_waiting = self._queue.qsize()
+        if num_waiting:
+            for trial_id, event in self._queue.get_nowait_batch(num_waiting):
+                self.record(trial_id, event)
+
+    def complete(self, trial_id: str) -> None:
+        """Note that Ray is done with a trial: it finished, or the scheduler stopped it."""
+        self.drain(force=True)
+        reason = self._reasons.get(trial_id)
+        if reason is None:
+            self.record(trial_id, Stopped(reason="stopped by the scheduler"))
+        else:
+            self.record(trial_id, Finished(reason=reason))
+
+    def fail(self, trial_id: str, details: str) -> None:
+        """Note that a trial ended with an error that its own process could not report."""
+        self.drain(force=True)
+        lines = [line for line in details.strip().splitlines() if line.strip()]
+        self.record(trial_id, Failed(error=lines[-1] if lines else "the worker died", details=details))
+
+
+class SweepCallback(tune.Callback):  # type: ignore[misc]
+    """Ray Tune's callback of one sweep. Ray pickles it, so it only names its recorder."""
+
+    recorders: ClassVar[dict[str, SweepRecorder]] = {}
+    """The recorders of the sweeps that this process drives, by run directory."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+
+    @property
+    def _recorder(self) -> SweepRecorder:
+        return self.recorders[self._run_dir]
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Write what has come in."""
+        self._recorder.drain()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close the trial's record."""
+        self._recorder.complete(readable_id(trial.trial_id))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close the record of a trial that ended with an error."""
+        error = trial.get_error()
+        self._recorder.fail(readable_id(trial.trial_id), str(error) if error else "")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Write what is left."""
+        self._recorder.drain(force=True)

@@ -1,0 +1,175 @@
+"""The results of a sweep: run directory to DataFrame. This module owns every column and its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pandas as pd
+
+from tune_easytrain.events import load_events
+from tune_easytrain.run_directory import RunDirectory
+from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
+from tune_easytrain.trial_space import SECTION_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One fixed column: its name, pandas dtype, unit (empty: none), and meaning."""
+
+    name: str
+    dtype: str
+    unit: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("trial_id", "string", "", "the trial's id; ids sort in the sweep file's order"),
+    Column("state", "string", "", "pending, probing, training, finished, stopped (by the scheduler) or failed"),
+    Column("error", "string", "", "why the trial failed, with the error's type; empty where it did not"),
+    Column("effective_batch_size", "Int64", "samples", "behind one optimizer step, over all workers"),
+    Column("microbatch_size", "Int64", "samples", "in the largest forward and backward pass of one worker"),
+    Column("accumulation_steps", "Int64", "", "micro-batches behind one optimizer step on one worker"),
+    Column("num_workers", "Int64", "", "processes that trained the trial together"),
+    Column("device", "string", "", "the device's name, cpu for a CPU"),
+    Column("probe_attempts", "Int64", "", "micro-batch sizes tried on the device; 0 with the probe off"),
+    Column("probe_seconds", "float64", "s", "wall time of these attempts"),
+    Column("memory_budget_bytes", "Int64", "bytes", "what one worker was allowed to use of its device"),
+    Column("peak_memory_bytes", "Int64", "bytes", "the most device memory in use at once while training"),
+    Column("samples_per_second", "float64", "samples/s", "trained in the last epoch, evaluation left out"),
+    Column("optimizer_steps", "Int64", "", "optimizer steps taken"),
+    Column("num_samples", "Int64", "samples", "trained on, each counted once per epoch"),
+    Column("learning_rate", "float64", "", "of the first parameter group after the last epoch"),
+    Column("epochs", "Int64", "", "epochs finished"),
+    Column("best_epoch", "Int64", "", "the epoch in which the sweep's metric was best"),
+    Column("epoch_seconds", "float64", "s", "wall time of the last epoch, with evaluation"),
+)
+"""The columns every frame has, zero trials or many. Behind the first three stands the trial's config, one
+column per key (`model.type`); behind all of them the metrics, two columns each (`<metric>_last`, and
+`<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.` and `train.` keys."""
+
+_IDENTITY = ("trial_id", "state", "error")
+
+
+class SweepResults:
+    """The results of one sweep as they stand in its run directory; nothing of Ray is needed to read them."""
+
+    def __init__(self, run_directory: RunDirectory) -> None:
+        self._directory = run_directory
+        run: Mapping[str, Any] = run_directory.load_sweep()["run"]
+        self.metric: str = run["metric"]
+        self.mode: Literal["min", "max"] = run["mode"]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self._directory.path
+
+    def records(self) -> list[TrialRecord]:
+        """Return every trial as it stands now, in the sweep's order."""
+        return [
+            TrialRecord.from_events(trial_id, load_events(self._directory.trial_path(trial_id)))
+            for trial_id in self._directory.trial_ids()
+        ]
+
+    @property
+    def num_failed(self) -> int:
+        """How many trials failed."""
+        return sum(record.state is TrialState.FAILED for record in self.records())
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per trial, failed and pending ones included; the columns are `COLUMNS` and more."""
+        return build_frame(self.records(), self.metric, self.mode, self._config_keys())
+
+    def best(self) -> pd.Series[Any] | None:
+        """Return the row of the trial with the best value of the sweep's metric; None before any report."""
+        frame = self.frame()
+        values = frame[f"{self.metric}_best"].dropna()
+        if values.empty:
+            return None
+        return frame.loc[values.idxmin() if self.mode == "min" else values.idxmax()]
+
+    def save_csv(self, path: str | Path) -> None:
+        """Write the frame as CSV."""
+        self.frame().to_csv(path, index=False)
+
+    def _config_keys(self) -> list[str]:
+        sweep = self._directory.load_sweep()
+        settings = {name: sweep[name] for name in SECTION_NAMES}
+        return list(dict.fromkeys([*sweep["grid_search"]["grid"], *_flatten({**sweep["config"], **settings})]))
+
+
+def load_results(run_dir: str | Path) -> SweepResults:
+    """Open the results of a sweep, finished or still running.
+
+    Raises RunDirectoryError where the folder is no run directory.
+    """
+    return SweepResults(RunDirectory.open(run_dir))
+
+
+def build_frame(
+    records: Iterable[TrialRecord], metric: str, mode: Literal["min", "max"], config_keys: Iterable[str]
+) -> pd.DataFrame:
+    """Return the frame of some trials: fixed columns, config keys, metrics."""
+    fixed = [column.name for column in COLUMNS]
+    rows, metrics = [], [metric]
+    config_columns = [_config_column(key) for key in config_keys]
+    for record in records:
+        config = {_config_column(key): value for key, value in _flatten(record.config).items()}
+        config_columns.extend(config)
+        best = record.best(metric, mode)
+        values = {}
+        for name in (name for name in record.last if name not in PROGRESS_KEYS):
+            metrics.append(name)
+            values |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}
+        rows.append({**config, **values, **_fixed_values(record, best)})
+    metric_columns = [f"{name}_{which}" for name in metrics for which in ("last", "best")]
+    settings = [key for key in config_columns if key.split(".")[0] in SECTION_NAMES]
+    own = [key for key in config_columns if key not in settings]
+    columns = list(dict.fromkeys([*_IDENTITY, *own, *fixed, *metric_columns, *settings]))
+    frame = pd.DataFrame(rows, columns=columns)
+    dtypes = {column.name: column.dtype for column in COLUMNS} | dict.fromkeys(metric_columns, "float64")
+    return frame.astype(cast("dict[str, Any]", dtypes))
+
+
+def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, Any]:
+    probe, plan, last = record.probe, record.plan, record.last
+    return {
+        "trial_id": record.trial_id,
+        "state": record.state.value,
+        "error": record.error,
+        "effective_batch_size": plan and plan.effective_batch_size,
+        "microbatch_size": plan and plan.microbatch_size,
+        "accumulation_steps": plan and plan.accumulation_steps,
+        "num_workers": plan and plan.num_workers,
+        "device": plan and plan.device,
+        "probe_attempts": len(probe.attempts) if probe else (0 if plan else None),
+        "probe_seconds": probe.seconds if probe else (0.0 if plan else None),
+        "memory_budget_bytes": probe.budget_bytes if probe else (plan and plan.budget_bytes),
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "samples_per_second": last.get("samples_per_second"),
+        "optimizer_steps": last.get("optimizer_steps"),
+        "num_samples": last.get("num_samples"),
+        "learning_rate": last.get("learning_rate"),
+        "epochs": last.get("epoch"),
+        "best_epoch": best.get("epoch"),
+        "epoch_seconds": last.get("epoch_seconds"),
+    }
+
+
+def _config_column(key: str) -> str:
+    """Return the column of a config key; one that is also a fixed column gets the prefix `config.`."""
+    return f"config.{key}" if any(key == column.name for column in COLUMNS) else key
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,166 @@
+"""A sweep's trials: pair groups × grid → points in the file's order; distributions → Ray domains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.errors import BadInputError
+from tune_easytrain.grid import BATCH_SIZE_KEY, MODEL_KEY, Distribution, GridSearchConfig
+from tune_easytrain.trial_space import POINT_KEY, SECTION_NAMES, TrialSpace
+
+
+@dataclass(frozen=True)
+class PairingPlan:
+    """Which grid keys advance together, and why.
+
+    `groups` holds every listed key once, in the file's order by first key; a key that is paired with none
+    is a group of one. `reason` is a sentence for people, `warning` says what may not be as it was meant.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    mode: Literal["paired", "explicit", "cartesian", "single"]
+    reason: str
+    warning: str | None = None
+
+
+def choose_pairing(grid_search: GridSearchConfig) -> PairingPlan:
+    """Return which keys of a grid are paired.
+
+    With `pair: auto`, `model.type` and `hp.batch_size` are paired one to one if both have more than one
+    value and equally many; all else is crossed (the Cartesian product). A scalar is a list of one.
+    """
+    lengths = {key: len(values) for key, values in listed_values(grid_search).items()}
+    if not isinstance(grid_search.pair, str):
+        groups = _in_file_order(lengths, grid_search.pair)
+        shown = "; ".join(" with ".join(group) for group in groups if len(group) > 1)
+        return PairingPlan(groups, "explicit", f"grid_search.pair pairs {shown or 'nothing'}.")
+    alone = _in_file_order(lengths, ())
+    several = [key for key, length in lengths.items() if length > 1]
+    if len(several) < 2:
+        only = f"only {several[0]} has more than one value" if several else "no key has more than one value"
+        return PairingPlan(alone, "single", f"There is nothing to pair: {only}.")
+    if grid_search.pair == "none":
+        return PairingPlan(alone, "cartesian", "All combinations are run, because grid_search.pair is none.")
+    num_models, num_sizes = lengths.get(MODEL_KEY, 0), lengths.get(BATCH_SIZE_KEY, 0)
+    if num_models > 1 and num_models == num_sizes:
+        reason = (
+            f"{MODEL_KEY} and {BATCH_SIZE_KEY} both have {num_models} values, so they are paired one to one."
+        )
+        return PairingPlan(_in_file_order(lengths, ((MODEL_KEY, BATCH_SIZE_KEY),)), "paired", reason)
+    have = f"{MODEL_KEY} has {_count(num_models)} and {BATCH_SIZE_KEY} has {_count(num_sizes)}"
+    warning = None
+    if num_models > 1 and num_sizes > 1:
+        warning = f"{have}: they are not paired, all {num_models * num_sizes} combinations are run."
+    return PairingPlan(alone, "cartesian", f"All combinations are run, because {have}.", warning)
+
+
+def _count(number: int) -> str:
+    return f"{number or 'no'} value{'' if number == 1 else 's'}"
+
+
+def _in_file_order(
+    lengths: Mapping[str, int], pairs: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[str, ...], ...]:
+    partners = {key: tuple(other for other in lengths if other in group) for group in pairs for key in group}
+    return tuple(dict.fromkeys(partners.get(key, (key,)) for key in lengths))
+
+
+def listed_values(grid_search: GridSearchConfig) -> dict[str, tuple[Any, ...]]:
+    """Return the grid keys whose values are listed, in the file's order, with their values."""
+    return {key: values for key, values in grid_search.grid.items() if not isinstance(values, Distribution)}
+
+
+def distributions(grid_search: GridSearchConfig) -> dict[str, Distribution]:
+    """Return the grid keys whose values are drawn, in the file's order, with their distributions."""
+    return {key: values for key, values in grid_search.grid.items() if isinstance(values, Distribution)}
+
+
+def grid_keys(config: SweepConfig) -> tuple[str, ...]:
+    """Return the dotted keys a grid point has values for, in the file's order."""
+    return tuple(listed_values(config.grid_search))
+
+
+def grid_points(config: SweepConfig, max_experiments: int | None = None) -> list[tuple[Any, ...]]:
+    """Return the points of the grid: one tuple per trial, its values in the order of `grid_keys`.
+
+    The file's first key varies slowest, as in nested loops; a pair group stands at the place of its first
+    key. A grid without listed values has one point, `()`.
+
+    Raises:
+        BadInputError: `max_experiments`, the number of points to keep, is not an integer of at least 1.
+    """
+    if max_experiments is not None and (type(max_experiments) is not int or max_experiments < 1):
+        raise BadInputError(f"max_experiments is {max_experiments!r}; give an integer of at least 1")
+    return list(itertools.islice(_points(config), max_experiments))
+
+
+def _points(config: SweepConfig) -> Iterator[tuple[Any, ...]]:
+    values = listed_values(config.grid_search)
+    groups = choose_pairing(config.grid_search).groups
+    rows = [list(zip(*(values[key] for key in group), strict=True)) for group in groups]
+    for chosen in itertools.product(*rows):
+        by_key: dict[str, Any] = {}
+        for group, row in zip(groups, chosen, strict=True):
+            by_key.update(zip(group, row, strict=True))
+        yield tuple(by_key[key] for key in values)
+
+
+def num_grid_points(config: SweepConfig) -> int:
+    """Return the number of points of the grid, without listing them."""
+    values = listed_values(config.grid_search)
+    return math.prod(len(values[group[0]]) for group in choose_pairing(config.grid_search).groups)
+
+
+def num_trials(config: SweepConfig) -> int:
+    """Return the number of trials: every grid point is run once for each of `run.num_samples` draws."""
+    return num_grid_points(config) * config.run.num_samples
+
+
+def build_trial_space(config: SweepConfig) -> TrialSpace:
+    """Return what a worker needs to build a trial's config; it can be pickled and needs no pydantic."""
+    resolved = config.resolved()
+    return TrialSpace(grid_keys(config), resolved["config"], {name: resolved[name] for name in SECTION_NAMES})
+
+
+def trial_config(
+    config: SweepConfig, point: tuple[Any, ...] | list[Any], sampled: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the nested config of one trial from its grid point and the values drawn for it."""
+    return build_trial_space(config).config(point, sampled)
+
+
+def expand_trials(config: SweepConfig) -> list[dict[str, Any]]:
+    """Return the nested config of every grid point, in the file's order.
+
+    Constants lie under the trial's own values; the complete `batch` and `train` sections are in it under
+    those names. A key that is drawn from a distribution is absent, unless there is a constant below it:
+    each point stands for `run.num_samples` trials (see `num_trials`). No two configs share a value.
+    """
+    space = build_trial_space(config)
+    return [space.config(point) for point in grid_points(config)]
+
+
+def param_space(config: SweepConfig, *, max_experiments: int | None = None) -> dict[str, Any]:
+    """Return Ray Tune's parameter space: the grid as one search over tuples, and one domain per drawn key.
+
+    One search over whole points keeps the file's order, which Ray would change, and lets it be cut short:
+    only the first `max_experiments` points are kept. `TrialSpace.config_from_ray` reads what Ray then
+    gives a trial.
+    """
+    from ray import tune
+
+    domains = {
+        "choice": lambda args: tune.choice(list(args)),
+        "uniform": lambda args: tune.uniform(*args),
+        "loguniform": lambda args: tune.loguniform(*args),
+        "randint": lambda args: tune.randint(*args),
+    }
+    space: dict[str, Any] = {POINT_KEY: tune.grid_search(grid_points(config, max_experiments))}
+    for key, distribution in distributions(config.grid_search).items():
+        space[key] = domains[distribution.kind](distribution.args)
+    return space

@@ -1,0 +1,261 @@
+"""The sections of a sweep file that hold settings: `batch`, `train`, `trial` and `run`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from tune_easytrain.config_issues import fail, show_value
+from tune_easytrain.errors import did_you_mean
+
+PositiveInt: TypeAlias = Annotated[int, Ge(1)]
+NonNegativeInt: TypeAlias = Annotated[int, Ge(0)]
+PositiveFloat: TypeAlias = Annotated[float, Gt(0)]
+
+_BYTE_UNITS = {
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?([A-Za-z]*)\Z")
+_SCHEDULER_DEFAULTS: dict[str, dict[str, int]] = {
+    "asha": {"reduction_factor": 4},
+    "median": {"min_samples": 3},
+}
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\Z")
+
+
+class Section(BaseModel):
+    """A part of a sweep file: no unknown keys, no silent conversions, no changes after loading."""
+
+    unknown_key_hint: ClassVar[str] = ""
+    """What the remedy for an unknown key says beyond the names that are valid."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_bytes(value: Any) -> int:
+    """Return the bytes meant by a size such as `24GiB`, `1.5 GB` or a whole number of bytes.
+
+    Raises:
+        PydanticCustomError: it is no size, or less than one byte.
+    """
+    remedy = f"write a size such as 24GiB (units: {', '.join(_BYTE_UNITS)}) or a whole number of bytes"
+    if isinstance(value, int) and not isinstance(value, bool):
+        num_bytes = value
+    else:
+        match = _SIZE.match(value) if isinstance(value, str) else None
+        if match is None or match[2] not in _BYTE_UNITS:
+            raise fail(f"{show_value(value)} is not a size", remedy)
+        num_bytes = round(float(match[1]) * _BYTE_UNITS[match[2]])
+    if num_bytes < 1:
+        raise fail(f"{show_value(value)} is less than one byte", remedy)
+    return num_bytes
+
+
+def check_function(value: Any) -> Any:
+    """Return `value` if it names a function, as `module:function` or `path/file.py:function`.
+
+    Whether the module and the function exist is not looked at.
+
+    Raises:
+        PydanticCustomError: it is a string that names none.
+    """
+    if not isinstance(value, str):
+        return value
+    place, colon, function = value.rpartition(":")
+    is_file = place.endswith(".py") and not place.endswith("/.py") and place != ".py"
+    if colon and function.isidentifier() and (is_file or _MODULE.match(place)):
+        return value
+    raise fail(f"{show_value(value)} names no function", "write module:function or path/file.py:function")
+
+
+FunctionName: TypeAlias = Annotated[str, BeforeValidator(check_function)]
+
+
+class BatchConfig(Section):
+    """How a trial's effective batch size is reached in the memory it has."""
+
+    effective_batch_size: PositiveInt | None = None
+    """Samples behind one optimizer step, over all workers; default: `hp.batch_size`."""
+
+    memory_fraction: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Share of the device's memory one worker may use, above 0, at most 1."""
+
+    memory_budget: int | None = None
+    """Bytes one worker may use on its device; written as `24GiB` or as bytes. Default: by fraction alone."""
+
+    probe: Literal["auto", "off"] = "auto"
+    """`auto` finds the largest micro-batch on the device, `off` uses the given size as it is."""
+
+    search: Literal["confirm", "grow"] = "confirm"
+    """`confirm` tries the proposed size first, `grow` grows from `start`."""
+
+    start: PositiveInt | None = None
+    """Samples in the first micro-batch the probe tries; default: the limit."""
+
+    probe_timeout: PositiveFloat = 600.0
+    """Seconds one attempt of the probe may take."""
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> int | None:
+        return None if value is None else parse_bytes(value)
+
+
+class TrainConfig(Section):
+    """How a trial is trained."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training set."""
+
+    patience: PositiveInt | None = None
+    """Epochs without a better metric after which a trial stops; default: never."""
+
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the gradient; default: not clipped."""
+
+    seed: NonNegativeInt = 0
+    """Seed of every random choice in a trial."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the forward and backward pass."""
+
+    function: FunctionName | None = None
+    """Own training function, `module:function` or `path/file.py:function`; default: the built-in loop."""
+
+    loader_workers: NonNegativeInt = 0
+    """Processes that load data, per worker; 0 loads in the training process."""
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _not_none(cls, value: Any) -> Any:
+        if value == "none":
+            remedy = "remove the key to use the built-in loop, or name a function"
+            raise fail("'none' (evaluate only) is not available in this version", remedy)
+        return value
+
+
+class ResourcesConfig(Section):
+    """What Ray sets aside for one worker of a trial."""
+
+    unknown_key_hint: ClassVar[str] = "; other resources go under custom: {NAME: amount}"
+
+    cpu: PositiveFloat = 1.0
+    """CPU cores; may be a fraction."""
+
+    gpu: Annotated[float, Ge(0)] = 0.0
+    """GPUs; a fraction below one shares a GPU between trials, above one only whole numbers."""
+
+    custom: dict[str, PositiveFloat] = {}
+    """Amounts of resources the cluster defines under other names."""
+
+    @field_validator("gpu")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            reason = "a share below one splits a GPU between trials, above one each GPU is given whole"
+            raise fail(f"{value:g} GPUs cannot be given: {reason}", f"write {int(value)} or {int(value) + 1}")
+        return value
+
+
+class TrialConfig(Section):
+    """Where one trial runs."""
+
+    resources: ResourcesConfig = ResourcesConfig()
+    """What one worker of the trial gets."""
+
+    num_workers: PositiveInt = 1
+    """Workers that train one trial together."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _one_worker(cls, value: int) -> int:
+        if value != 1:
+            raise fail(f"{value} workers for one trial are not possible in this version", "write 1")
+        return value
+
+
+class SchedulerConfig(Section):
+    """What stops trials early that look bad beside the others; written as a name or as a mapping."""
+
+    name: Literal["asha", "median"]
+    """`asha` keeps the best share at each rung, `median` stops what is below the others' median."""
+
+    grace_period: PositiveInt = 1
+    """Epochs that every trial may train before it can be stopped."""
+
+    reduction_factor: Annotated[int, Ge(2)] | None = None
+    """asha only: one in this many trials goes on at each rung; default 4."""
+
+    min_samples: PositiveInt | None = None
+    """median only: trials that must have reported before one is stopped; default 3."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if isinstance(data, SchedulerConfig):
+            return data
+        if isinstance(data, str):
+            if data not in _SCHEDULER_DEFAULTS:
+                raise fail(f"{data!r} is no scheduler", did_you_mean(data, _SCHEDULER_DEFAULTS))
+            data = {"name": data}
+        if not isinstance(data, dict):
+            remedy = f"write {' or '.join(_SCHEDULER_DEFAULTS)}, or a mapping with name and settings"
+            raise fail(f"{show_value(data)} is no scheduler", remedy)
+        name = data.get("name")
+        defaults = _SCHEDULER_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**defaults, **{key: value for key, value in data.items() if value is not None}}
+
+    @field_validator("reduction_factor", "min_samples")
+    @classmethod
+    def _belongs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        owner = "asha" if info.field_name == "reduction_factor" else "median"
+        name = info.data.get("name", owner)
+        if value is not None and name != owner:
+            raise fail(f"{info.field_name} ({value}) is for {owner}, not for {name}", "remove it")
+        return value
+
+
+class RunConfig(Section):
+    """How the sweep as a whole is run."""
+
+    metric: str = "val_loss"
+    """The reported number that trials are compared by."""
+
+    mode: Literal["min", "max"] = "min"
+    """Whether the smallest or the largest metric is best."""
+
+    storage: str = "./runs"
+    """Folder that holds run directories; on a cluster one that all nodes see."""
+
+    num_samples: PositiveInt = 1
+    """Draws from the distributions of the grid, for every grid point."""
+
+    search: Literal["random"] = "random"
+    """How values are drawn from distributions."""
+
+    scheduler: SchedulerConfig | None = None
+    """What stops bad trials early; default: nothing does."""
+
+    max_concurrent: PositiveInt | None = None
+    """Most trials that run at a time; default: as many as the resources allow."""
+
+    working_dir: str | None = None
+    """Folder sent to every node (Ray's runtime_env); default: none."""
+
+    @field_validator("metric", "storage", "working_dir")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise fail(f"{value!r} is blank", "give a name, or remove the key")
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        if "://" in value:
+            raise fail(f"{value!r} is a URL", "give a path that all nodes see, such as a shared folder")
+        return value

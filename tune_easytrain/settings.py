@@ -1,0 +1,85 @@
+"""`TrialSettings`: the `batch`, `train` and `run` keys of one trial as plain values, without pydantic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tune_easytrain.probe import Search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSettings:
+    """What one trial was asked for; every value has been validated with the sweep file.
+
+    Attributes:
+        effective_batch_size: samples behind one optimizer step; None only where nothing is probed.
+        microbatch_limit: upper limit of one worker's micro-batch, where the sweep gives one.
+        memory_fraction: share of a device's memory that all trials on it may use together.
+        memory_budget_bytes: a budget given outright.
+        probe: `off` uses the given micro-batch size as it is.
+        search: `confirm` is content with the first size that fits, `grow` goes on from it.
+        start: the first size the probe tries; default: the limit.
+        probe_timeout_seconds: one attempt that takes longer counts as failed.
+        epochs: passes over the training set, at most.
+        patience: epochs without a better metric before training stops; None: never.
+        clip_norm: largest gradient norm; None: no clipping.
+        loader_workers: processes that load data; 0: the training process itself.
+        metric, mode: what patience looks at and the sweep is ranked by.
+    """
+
+    effective_batch_size: int | None
+    microbatch_limit: int | None
+    memory_fraction: float
+    memory_budget_bytes: int | None
+    probe: Literal["auto", "off"]
+    search: Search
+    start: int | None
+    probe_timeout_seconds: float
+    epochs: int
+    patience: int | None
+    clip_norm: float | None
+    seed: int
+    precision: Literal["fp32", "bf16"]
+    loader_workers: int
+    metric: str
+    mode: Literal["min", "max"]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, metric: str, mode: Literal["min", "max"]
+    ) -> TrialSettings:
+        """Read one trial's nested config, whose `batch` and `train` sections are complete.
+
+        With `batch.effective_batch_size`, `hp.batch_size` limits the micro-batch; without, it is the
+        effective batch size itself.
+        """
+        batch, train = config["batch"], config["train"]
+        hyperparameters = config.get("hp")
+        given = hyperparameters.get("batch_size") if isinstance(hyperparameters, Mapping) else None
+        effective = batch["effective_batch_size"]
+        return cls(
+            effective_batch_size=given if effective is None else effective,
+            microbatch_limit=None if effective is None else given,
+            memory_fraction=batch["memory_fraction"],
+            memory_budget_bytes=batch["memory_budget"],
+            probe=batch["probe"],
+            search=batch["search"],
+            start=batch["start"],
+            probe_timeout_seconds=batch["probe_timeout"],
+            epochs=train["epochs"],
+            patience=train["patience"],
+            clip_norm=train["clip_norm"],
+            seed=train["seed"],
+            precision=train["precision"],
+            loader_workers=train["loader_workers"],
+            metric=metric,
+            mode=mode,
+        )
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Return whether a metric's value beats the best one so far (None: there is none yet)."""
+        if best is None:
+            return True
+        return value < best if self.mode == "min" else value > best

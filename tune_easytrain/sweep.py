@@ -1,0 +1,203 @@
+"""A sweep: config to Ray Tune and back; run, resume, and the same without Ray for a debugger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.util.queue import Queue
+
+from tune_easytrain.cluster import check_resources, placement, ray_session, resource_bundle
+from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.errors import TaskError
+from tune_easytrain.events import Created
+from tune_easytrain.inline import run_trials_inline
+from tune_easytrain.recorder import SweepCallback, SweepRecorder, Watch
+from tune_easytrain.results import SweepResults
+from tune_easytrain.run_directory import RunDirectory, trial_id
+from tune_easytrain.search_space import build_trial_space, expand_trials, grid_points, param_space
+from tune_easytrain.sweep_trial import SweepShared, SweepTrial, readable_id
+from tune_easytrain.task import BuildTask
+from tune_easytrain.task_source import load_function, pickle_function
+from tune_easytrain.trial_record import TrialRecord
+
+_CHECKPOINTS_KEPT = 2
+"""Per trial: one that is whole, and the one being written."""
+
+
+def run(
+    config_or_path: SweepConfig | Mapping[str, Any] | str | Path,
+    build_task: BuildTask | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    address: str | None = "local",
+    max_experiments: int | None = None,
+    debug: bool = False,
+    watch: Watch | None = None,
+) -> SweepResults:
+    """Run a sweep to its end and return its results.
+
+    Args:
+        config_or_path: the sweep file, or its content as a dict.
+        build_task: config to Task; takes the place of the file's `task`.
+        overrides: `key=value` strings, as `--set` takes them.
+        address: `local` starts Ray on this machine for the time of the sweep; None joins the cluster that
+            RAY_ADDRESS or this host names, or else starts one; anything else is a cluster's address.
+        max_experiments: keep only the first so many trials of the file's order.
+        debug: run the trials one after another in this very process, without Ray, so that a debugger works.
+        watch: called with a trial's record and each of its events.
+
+    Raises:
+        ConfigError: with every fault of the sweep file.
+        BadInputError: what else was given and cannot be used: task, storage, address, resources.
+    """
+    config = config_or_path if isinstance(config_or_path, SweepConfig) else load_config(config_or_path, overrides=overrides)
+    task, function = load_sweep_functions(config, build_task)
+    num_points = len(grid_points(config, max_experiments))
+    if debug:
+        directory = _create(config, task, function, num_points)
+        recorder = SweepRecorder(directory, _records(directory), watch)
+        run_trials_inline(config, task, function, recorder, max_experiments)
+        return SweepResults(directory)
+    with ray_session(address, config.run.working_dir):
+        check_resources(config.trial)
+        directory = _create(config, task, function, num_points)
+        return _fit(config, directory, num_points, watch)
+
+
+def resume(
+    run_dir: str | Path, *, address: str | None = "local", watch: Watch | None = None
+) -> SweepResults:
+    """Go on with a sweep whose driver died; trials that had ended are neither run again nor changed.
+
+    Raises RunDirectoryError where the folder is no run directory, BadInputError as `run` does.
+    """
+    directory = RunDirectory.open(run_dir)
+    config = load_config(directory.load_sweep())
+    num_points = max(1, len(list(directory.trial_ids())) // config.run.num_samples)
+    with ray_session(address, config.run.working_dir):
+        check_resources(config.trial)
+        return _fit(config, directory, num_points, watch)
+
+
+def load_sweep_functions(
+    config: SweepConfig, build_task: BuildTask | None = None
+) -> tuple[bytes | None, bytes | None]:
+    """Return the pickled `build_task` and training function of a sweep, each None where there is none.
+
+    Raises TaskError where one cannot be loaded or pickled.
+    """
+    sweep_dir = config.project_root if config.source_path is None else config.source_path.parent
+    places = {"project_root": config.project_root, "sweep_dir": sweep_dir}
+    if build_task is None and config.task is not None:
+        build_task = load_function(config.task, key="task", **places)
+    function = None
+    if config.train.function is not None:
+        function = load_function(config.train.function, key="train.function", **places)
+    if build_task is None and function is None:
+        raise TaskError("task: the sweep names no task; add `task: file.py:function`, or pass build_task")
+    return (
+        None if build_task is None else pickle_function(build_task, "task"),
+        None if function is None else pickle_function(function, "train.function"),
+    )
+
+
+def _create(
+    config: SweepConfig, task: bytes | None, function: bytes | None, num_points: int
+) -> RunDirectory:
+    """Make the run directory, with an event file for every trial there will be."""
+    directory = RunDirectory.create(config.run.storage, config.name)
+    directory.save_sweep(config.resolved())
+    directory.save_functions(task, function)
+    space = build_trial_space(config)
+    recorder = SweepRecorder(directory, {})
+    points = grid_points(config, num_points)
+    for index in range(num_points * config.run.num_samples):
+        recorder.record(trial_id(index), Created(config=space.config(points[index % num_points])))
+    return directory
+
+
+def _records(directory: RunDirectory) -> dict[str, TrialRecord]:
+    return {record.trial_id: record for record in SweepResults(directory).records()}
+
+
+def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, watch: Watch | None) -> SweepResults:
+    """Let Ray Tune run what has not ended yet, and write down what happens."""
+    records = _records(directory)
+    recorder = SweepRecorder(directory, records, watch)
+    events = Queue(actor_options={"num_cpus": 0})
+    recorder.listen_to(events)
+    task, function = directory.load_functions()
+    shared = SweepShared(
+        space=build_trial_space(config),
+        task_payload=task,
+        function_payload=function,
+        resources=resource_bundle(config.trial),
+        metric=config.run.metric,
+        mode=config.run.mode,
+        events=events,
+        ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
+    )
+    trainable = tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
+    run_dir = str(directory.path)
+    SweepCallback.recorders[run_dir] = recorder
+    try:
+        if tune.Tuner.can_restore(str(directory.ray_dir)):
+            tuner = tune.Tuner.restore(str(directory.ray_dir), trainable, resume_unfinished=True)
+        else:
+            tuner = _new_tuner(config, directory, trainable, num_points)
+        tuner.fit()
+    finally:
+        recorder.drain(force=True)
+        del SweepCallback.recorders[run_dir]
+        events.shutdown(force=True)
+    return SweepResults(directory)
+
+
+def _new_tuner(config: SweepConfig, directory: RunDirectory, trainable: Any, num_points: int) -> tune.Tuner:
+    run_config = config.run
+    return tune.Tuner(
+        trainable,
+        param_space=param_space(config, max_experiments=num_points),
+        tune_config=tune.TuneConfig(
+            metric=run_config.metric,
+            mode=run_config.mode,
+            scheduler=_scheduler(config),
+            num_samples=run_config.num_samples,
+            max_concurrent_trials=run_config.max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=directory.ray_dir.name,
+            storage_path=str(directory.ray_dir.parent),
+            callbacks=[SweepCallback(str(directory.path))],
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+            verbose=0,
+        ),
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    return readable_id(trial.trial_id)
+
+
+def _scheduler(config: SweepConfig) -> tune.schedulers.TrialScheduler | None:
+    scheduler = config.run.scheduler
+    if scheduler is None:
+        return None
+    if scheduler.name == "asha":
+        return tune.schedulers.ASHAScheduler(
+            time_attr="epoch",
+            max_t=max(trial["train"]["epochs"] for trial in expand_trials(config)),
+            grace_period=scheduler.grace_period,
+            reduction_factor=scheduler.reduction_factor,
+        )
+    return tune.schedulers.MedianStoppingRule(
+        time_attr="epoch",
+        grace_period=scheduler.grace_period,
+        min_samples_required=scheduler.min_samples,
+    )

@@ -1,0 +1,142 @@
+"""`SweepPlan`: what a sweep would run, before it runs: trials, their batch sizes, hours, and warnings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.grid import BATCH_SIZE_KEY
+from tune_easytrain.search_space import (
+    PairingPlan,
+    build_trial_space,
+    choose_pairing,
+    distributions,
+    grid_keys,
+    grid_points,
+    listed_values,
+    num_trials,
+)
+from tune_easytrain.trial_space import TrialSpace
+
+_EFFECTIVE_KEY = "batch.effective_batch_size"
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One grid point of a sweep.
+
+    `values` are its values by dotted grid key. `effective_batch_size` is in samples; `microbatch_limit` is
+    the most samples one worker may take at a time, None where only memory limits it. Both are None too
+    where they will be drawn from a distribution, or no batch size is given.
+    """
+
+    values: dict[str, Any]
+    effective_batch_size: int | None
+    microbatch_limit: int | None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would run.
+
+    `trials` has one entry per grid point that is run, each of them `num_samples` times. `num_trials` counts
+    those runs, `num_all_trials` what it would be without `max_experiments`, and `num_cartesian_trials` what
+    it would be if no keys were paired either.
+    """
+
+    pairing: PairingPlan
+    trials: tuple[PlannedTrial, ...]
+    num_samples: int
+    num_all_trials: int
+    num_cartesian_trials: int
+    warnings: tuple[str, ...]
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that are run."""
+        return len(self.trials) * self.num_samples
+
+    @property
+    def trials_saved_percent(self) -> float:
+        """Share of the Cartesian product's trials that pairing saves, from 0 to 100."""
+        return 100.0 * (1 - self.num_all_trials / self.num_cartesian_trials)
+
+    def hours(self, hours_per_trial: float) -> tuple[float, float]:
+        """Return the hours of all trials one after another: as planned, and for the Cartesian product."""
+        return self.num_trials * hours_per_trial, self.num_cartesian_trials * hours_per_trial
+
+
+def build_plan(config: SweepConfig, max_experiments: int | None = None) -> SweepPlan:
+    """Return what a sweep would run, cut to its first `max_experiments` grid points.
+
+    Raises:
+        BadInputError: `max_experiments` is not an integer of at least 1.
+    """
+    pairing = choose_pairing(config.grid_search)
+    space = build_trial_space(config)
+    points = grid_points(config, max_experiments)
+    drawn = frozenset(distributions(config.grid_search))
+    trials = tuple(_planned(space, drawn, grid_keys(config), point) for point in points)
+    num_samples = config.run.num_samples
+    warnings = [pairing.warning, _effective_size_warning(config, trials)]
+    if max_experiments is not None and num_samples > 1:
+        warnings.append(
+            f"each of the first {len(points)} grid points is run {num_samples} times (run.num_samples)"
+        )
+    listed = listed_values(config.grid_search).values()
+    return SweepPlan(
+        pairing=pairing,
+        trials=trials,
+        num_samples=num_samples,
+        num_all_trials=num_trials(config),
+        num_cartesian_trials=math.prod(map(len, listed)) * num_samples,
+        warnings=tuple(warning for warning in warnings if warning),
+    )
+
+
+def batch_sizes(trial_config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return a trial's effective batch size and the limit of its micro-batch, in samples.
+
+    With `batch.effective_batch_size`, `hp.batch_size` is the limit; without, it is the effective batch size
+    itself. None stands for what is not given.
+    """
+    own = _own_batch_size(trial_config)
+    effective = trial_config["batch"]["effective_batch_size"]
+    return (own, None) if effective is None else (effective, own)
+
+
+def _own_batch_size(trial_config: dict[str, Any]) -> int | None:
+    group = trial_config.get("hp")
+    return group.get("batch_size") if isinstance(group, dict) else None
+
+
+def _planned(
+    space: TrialSpace, drawn: frozenset[str], keys: tuple[str, ...], point: tuple[Any, ...]
+) -> PlannedTrial:
+    config = space.config(point)
+    if drawn & {BATCH_SIZE_KEY, BATCH_SIZE_KEY.partition(".")[0]}:
+        config.pop("hp", None)
+    effective, limit = batch_sizes(config)
+    if _EFFECTIVE_KEY in drawn:
+        effective, limit = None, _own_batch_size(config)
+    return PlannedTrial(dict(zip(keys, point, strict=True)), effective, limit)
+
+
+def _effective_size_warning(config: SweepConfig, trials: tuple[PlannedTrial, ...]) -> str | None:
+    """Return the warning that models will not train at the same effective batch size, if they will not."""
+    if config.batch.effective_batch_size is not None or _EFFECTIVE_KEY in config.grid_search.grid:
+        return None
+    drawn = distributions(config.grid_search).get(BATCH_SIZE_KEY)
+    if drawn is not None:
+        sizes = set(drawn.listed())
+    else:
+        sizes = {trial.effective_batch_size for trial in trials if trial.effective_batch_size is not None}
+    if len(sizes) < 2:
+        return None
+    smallest, largest = min(sizes), max(sizes)
+    return (
+        f"trials differ in effective batch size: {smallest} … {largest}; add "
+        f"`batch: {{effective_batch_size: {largest}}}` so that all models train at the same one"
+    )

@@ -1,0 +1,69 @@
+"""`Task`: what a sweep trains. The model, data, loss and optimizer of one config, all built lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import torchmetrics
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
+
+Batch: TypeAlias = Any
+"""What the data loader yields for one micro-batch: tensors in any nesting of tuples, lists and dicts."""
+
+
+@dataclass(kw_only=True)
+class Task:
+    """One config's model, data, loss and optimizer, as `build_task(config)` returns it.
+
+    Nothing heavy happens until a function is called: the probe builds its own model, `validate` builds
+    models without storage, and the data set is opened only where it is read.
+    """
+
+    model: Callable[[], nn.Module]
+    """Builds the model, on the CPU, in training mode."""
+
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """Scalar loss of one batch: the mean over its samples (or over what `weight` counts)."""
+
+    optimizer: Callable[[nn.Module], Optimizer]
+    """Builds the optimizer over the model's parameters."""
+
+    train_data: Callable[[], Dataset[Any]]
+    """Opens the training set: map-style, with a length."""
+
+    val_data: Callable[[], Dataset[Any]] | None = None
+    """Opens the validation set, or None where there is none."""
+
+    predict: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
+    """`(prediction, target)` of one batch for the metrics; needed when there are metrics."""
+
+    metrics: Mapping[str, Callable[[], torchmetrics.Metric]] = field(default_factory=dict)
+    """Metrics by name; `accuracy` is reported as `val_accuracy`."""
+
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    """Builds the learning-rate scheduler, which is stepped once per optimizer step."""
+
+    collate: Callable[[list[Any]], Batch] | None = None
+    """Samples to a batch; default: torch's `default_collate`."""
+
+    split: Callable[[Batch, Sequence[int]], Iterable[Batch]] | None = None
+    """A batch to batches of the given sizes; default: along dimension 0 of every tensor."""
+
+    weight: Callable[[Batch], int] | None = None
+    """How many things the mean loss of a batch averages over; default: its samples."""
+
+    worst_case: Callable[[int], Batch] | None = None
+    """The batch of `m` samples that needs the most memory; default: the largest of the first eight
+    training samples, repeated."""
+
+    generate: Callable[[nn.Module, Batch], Any] | None = None
+    """Generation, where the task does it; the probe runs it too."""
+
+
+BuildTask: TypeAlias = Callable[[dict[str, Any]], Task]

@@ -1,0 +1,126 @@
+"""Where a sweep's functions come from: `file.py:function` or `module:function`, pickled by value."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import site
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from tune_easytrain.errors import TaskError, did_you_mean
+
+
+def load_function(name: str, *, key: str, project_root: Path, sweep_dir: Path) -> Callable[..., Any]:
+    """Return the function that a sweep file names.
+
+    A file is looked for from the sweep file's own folder upwards to the project root; whatever it imports
+    from beside itself is found as with `python file.py`.
+
+    Args:
+        name: `path/file.py:function` or `package.module:function`.
+        key: the sweep file's key, for messages.
+        project_root, sweep_dir: where to look.
+
+    Raises TaskError where the file, the module or the function is not there, or its import fails.
+    """
+    place, _, function_name = name.rpartition(":")
+    if place.endswith(".py"):
+        module = _import_file(_find_file(place, key, project_root, sweep_dir), key, name)
+    else:
+        module = _import_module(place, key, name, project_root)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise TaskError(f"{key}: {name!r}: {place} has no function {function_name!r}; {did_you_mean(function_name, names)}")
+    return function
+
+
+def pickle_function(function: Callable[..., Any], key: str) -> bytes:
+    """Pickle a function so that another machine can load it without its file.
+
+    The function's module travels by value unless it is an installed package. Raises TaskError where it
+    holds something that cannot be pickled.
+    """
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    by_value = module is not None and not _is_installed(module)
+    if module is not None and by_value:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        payload: bytes = cloudpickle.dumps(function)
+    except Exception as error:
+        raise TaskError(
+            f"{key}: {function!r} cannot be sent to a worker: {type(error).__name__}: {error}; keep open files, "
+            "locks and data sets out of the module's globals and build them inside the task's functions"
+        ) from error
+    finally:
+        if module is not None and by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+    return payload
+
+
+def _find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Path:
+    path = Path(place).expanduser()
+    if path.is_absolute():
+        candidates = [path]
+    else:
+        within = [p for p in (sweep_dir, *sweep_dir.parents) if p == project_root or project_root in p.parents]
+        candidates = [folder / path for folder in dict.fromkeys([*within, project_root])]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    raise TaskError(f"{key}: there is no file {place}; looked for {looked}")
+
+
+def _import_file(path: Path, key: str, name: str) -> ModuleType:
+    module_name = f"tune_easytrain_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise _import_failed(key, name, error) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _import_module(module_name: str, key: str, name: str, project_root: Path) -> ModuleType:
+    sys.path.insert(0, str(project_root))
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise _import_failed(key, name, error) from error
+    finally:
+        sys.path.remove(str(project_root))
+
+
+def _import_failed(key: str, name: str, error: Exception) -> TaskError:
+    where = ""
+    if error.__traceback__ is not None:
+        last = error.__traceback__
+        while last.tb_next is not None:
+            last = last.tb_next
+        where = f" ({last.tb_frame.f_code.co_filename}:{last.tb_lineno})"
+    return TaskError(f"{key}: importing {name!r} failed: {type(error).__name__}: {error}{where}")
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Return whether a worker has the module anyway: built in, of the standard library, or a package."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__ != "__main__"
+    roots = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"]]
+    return module.__name__ != "__main__" and any(Path(file).is_relative_to(root) for root in roots)

@@ -1,0 +1,221 @@
+"""The default training function: epochs of exact windows, evaluation, checkpoints, early stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tune_easytrain.accumulate import accumulate_gradients
+from tune_easytrain.batch import count_samples
+from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.errors import NonFiniteLossError, TaskError
+from tune_easytrain.loader import EpochLoader
+from tune_easytrain.precision import autocast
+from tune_easytrain.random_state import get_random_state, seed_everything, set_random_state
+from tune_easytrain.task import Batch, Task
+from tune_easytrain.trial_context import TrialContext
+
+
+@dataclass
+class Progress:
+    """Where training stands. `epoch` counts finished epochs, `num_samples` samples trained on."""
+
+    epoch: int = 0
+    optimizer_steps: int = 0
+    num_samples: int = 0
+    best_value: float | None = None
+    best_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One pass over the training set: its mean loss and how long it took, in seconds."""
+
+    train_loss: float
+    num_samples: int
+    train_seconds: float
+
+
+def metric_names(task: Task) -> list[str]:
+    """Return the names of the metrics this loop reports for a task."""
+    if task.val_data is None:
+        return ["train_loss"]
+    return ["train_loss", "val_loss", *(f"val_{name}" for name in task.metrics)]
+
+
+def checkpoint_microbatch_limit(checkpoint: Mapping[str, Any]) -> int:
+    """Return the micro-batch limit that the checkpoint's trial trained with."""
+    limit: int = checkpoint["microbatch_limit"]
+    return limit
+
+
+def train(config: dict[str, Any], trial: TrialContext) -> None:
+    """Train a task to its last epoch, or until its metric has not improved for `patience` epochs.
+
+    Every optimizer step sees exactly the effective batch size (the last of an epoch what is left). A
+    checkpoint is reported with every epoch.
+
+    Raises NonFiniteLossError when a loss is NaN or infinite, and whatever the task raises.
+    """
+    task, plan = trial.task, trial.batch_plan
+    if task is None or plan is None:
+        raise TaskError("the default training function needs a task and a batch size")
+    run = _Run(task, plan, trial)
+    checkpoint = trial.load_checkpoint()
+    reason = ""
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        reason = run.reason_to_end()
+        if reason:  # the last epoch was saved, but its report may not have arrived
+            trial.report(checkpoint["metrics"], is_final=True, reason=reason)
+    while not reason:
+        reason = run.one_epoch()
+
+
+class _Run:
+    """The state of one training run: model, optimizer, scheduler, data and progress."""
+
+    def __init__(self, task: Task, plan: BatchPlan, trial: TrialContext) -> None:
+        self.task, self.plan, self.trial = task, plan, trial
+        self.settings, self.device = trial.settings, trial.device
+        seed_everything(self.settings.seed)
+        self.model: nn.Module = task.model().to(self.device)
+        self.optimizer: Optimizer = task.optimizer(self.model)
+        self.scheduler: LRScheduler | None = None if task.scheduler is None else task.scheduler(self.optimizer)
+        self.train_loader = self._loader(task.train_data())
+        self.val_loader = None if task.val_data is None else self._loader(task.val_data())
+        self.progress = Progress()
+
+    def _loader(self, data: Any) -> EpochLoader:
+        return EpochLoader(
+            self.task, data, self.device, seed=self.settings.seed, num_workers=self.settings.loader_workers
+        )
+
+    def one_epoch(self) -> str:
+        """Train, evaluate and report one epoch; return why it was the last, or an empty string."""
+        start = time.perf_counter()
+        result = self._train_epoch()
+        metrics = {"train_loss": result.train_loss, **self._evaluate()}
+        self.progress.epoch += 1
+        value = metrics[self.settings.metric]
+        if self.settings.is_better(value, self.progress.best_value):
+            self.progress.best_value, self.progress.best_epoch = value, self.progress.epoch
+        reason = self.reason_to_end()
+        metrics |= {
+            "epoch": self.progress.epoch,
+            "optimizer_steps": self.progress.optimizer_steps,
+            "num_samples": self.progress.num_samples,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "samples_per_second": result.num_samples / result.train_seconds,
+            "epoch_seconds": time.perf_counter() - start,
+        }
+        self.trial.report(
+            metrics,
+            checkpoint={**self.state(), "metrics": metrics},
+            is_final=bool(reason),
+            reason=reason,
+        )
+        return reason
+
+    def reason_to_end(self) -> str:
+        """Return why training ends here, or an empty string while it goes on."""
+        progress, patience = self.progress, self.settings.patience
+        if progress.epoch >= self.settings.epochs:
+            return f"all {self.settings.epochs} epochs done"
+        if patience is not None and progress.epoch - progress.best_epoch >= patience:
+            return f"{self.settings.metric} no better for {patience} epochs (best in epoch {progress.best_epoch})"
+        return ""
+
+    def _train_epoch(self) -> EpochResult:
+        self.model.train()
+        start = time.perf_counter()
+        loss_sum = weight_sum = 0.0
+        num_samples = 0
+        for _, microbatches in self.train_loader.windows(self.plan, self.progress.epoch):
+            record = accumulate_gradients(self.model, self._loss, microbatches, weight=self.task.weight)
+            self._require_finite("training loss", record.loss)
+            if self.settings.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.progress.optimizer_steps += 1
+            self.progress.num_samples += record.num_samples
+            num_samples += record.num_samples
+            loss_sum += record.loss * record.weight
+            weight_sum += record.weight
+        self.optimizer.zero_grad(set_to_none=True)
+        return EpochResult(loss_sum / weight_sum, num_samples, time.perf_counter() - start)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the validation loss and metrics; empty without a validation set."""
+        if self.val_loader is None:
+            return {}
+        self.model.eval()
+        metrics = {name: build().to(self.device) for name, build in self.task.metrics.items()}
+        loss_sum: Tensor = torch.zeros((), device=self.device, dtype=torch.float64)
+        weight_sum = 0.0
+        with torch.no_grad():
+            for batch in self.val_loader.in_order(self.plan.microbatch_limit):
+                weight = float(count_samples(batch) if self.task.weight is None else self.task.weight(batch))
+                loss_sum += self._loss(self.model, batch).double() * weight
+                weight_sum += weight
+                if metrics:
+                    prediction, target = self._predict(batch)
+                    for metric in metrics.values():
+                        metric.update(prediction, target)
+        loss = float(loss_sum) / weight_sum if weight_sum else math.nan
+        self._require_finite("validation loss", loss)
+        return {"val_loss": loss, **{f"val_{name}": _scalar(name, m.compute()) for name, m in metrics.items()}}
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        with autocast(self.device, self.settings.precision):
+            return self.task.loss(model, batch)
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.task.predict is None:
+            raise TaskError("the task has metrics but no `predict` to give them predictions and targets")
+        with autocast(self.device, self.settings.precision):
+            return self.task.predict(self.model, batch)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"{what} is {value} in epoch {self.progress.epoch + 1}, after "
+                f"{self.progress.optimizer_steps} optimizer steps; lower the learning rate, set "
+                "train.clip_norm, or look for bad samples"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that `restore` needs to go on as if nothing had happened."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "random_state": get_random_state(),
+            "progress": asdict(self.progress),
+            "microbatch_limit": self.plan.microbatch_limit,
+        }
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from where the checkpoint was written."""
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+        set_random_state(checkpoint["random_state"])
+        self.progress = Progress(**checkpoint["progress"])
+
+
+def _scalar(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TaskError(f"metric {name!r} computed {tuple(value.shape)} values; it must compute one number")
+    return float(value)

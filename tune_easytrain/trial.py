@@ -1,0 +1,185 @@
+"""One trial, seen from the process that was given its resources: probe, plan, train, report. No torch."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.child_process import ChildProcess
+from tune_easytrain.errors import MetricError, NotEnoughMemoryError, did_you_mean
+from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started, TrainingEnded
+from tune_easytrain.probe import Attempt, Bound, ProbeResult, Search, find_largest
+from tune_easytrain.protocol import Continue, Finished, Opened, Opening, Report, TrainRequest
+from tune_easytrain.settings import TrialSettings
+from tune_easytrain.trial_children import TrialChildren
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSpec:
+    """One trial as it was placed: its config, its code, and its share of the machine.
+
+    `device` is `cuda` or `cpu`, `device_share` the trial's share of that device's memory, `num_threads`
+    torch's threads on the CPU.
+    """
+
+    config: dict[str, Any]
+    settings: TrialSettings
+    task_payload: bytes | None
+    function_payload: bytes | None
+    device: str
+    device_share: float
+    num_threads: int
+    checkpoint_path: str | None = None
+
+
+def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
+    """Run one trial in children of this process and yield its reports.
+
+    The child waits until the next report is asked for. Closing the generator ends the child, and with it
+    whatever it held on the device. `emit` takes the trial's events as they happen.
+
+    Raises NotEnoughMemoryError when not even one sample fits, ChildDiedError when training died, and what
+    the task's own code raised, with its type.
+    """
+    emit(Started(config=spec.config, resumed=spec.checkpoint_path is not None))
+    scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
+    children = TrialChildren(_opening(spec, scratch_dir))
+    try:
+        opened = children.open()
+        require_metric(spec.settings.metric, opened.metric_names)
+        limit = microbatch_limit(spec.settings, opened)
+        if limit is not None and spec.settings.probe == "auto":
+            limit = _probe(children, opened, spec.settings, limit, emit).microbatch_size
+        emit(describe_plan(spec.settings, opened, limit))
+        yield from _train(children.for_training(), limit, spec.settings.metric, emit)
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        emit(failed_event(error))
+        raise
+    finally:
+        children.kill()
+        shutil.rmtree(scratch_dir, ignore_errors=True)
+
+
+def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
+    """Return the most samples worth trying at once: the given limit, E, the data set; None without E."""
+    if settings.effective_batch_size is None or opened.num_train_samples is None:
+        return settings.microbatch_limit or settings.effective_batch_size
+    return min(
+        settings.microbatch_limit or settings.effective_batch_size,
+        settings.effective_batch_size,
+        opened.num_train_samples,
+    )
+
+
+def search_start(settings: TrialSettings, opened: Opened) -> tuple[int | None, Search]:
+    """Return where the probe starts and how it goes on: a resumed trial confirms the size it had."""
+    if opened.resumed_microbatch_limit is not None:
+        return opened.resumed_microbatch_limit, "confirm"
+    return settings.start, settings.search
+
+
+def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) -> Planned:
+    """Return the batch plan that training gets, as an event."""
+    effective, warning = settings.effective_batch_size, ""
+    if effective is not None and opened.num_train_samples is not None and opened.num_train_samples < effective:
+        warning = (
+            f"the training set has only {opened.num_train_samples} samples, fewer than the effective batch "
+            f"size {effective}: every optimizer step sees all of them"
+        )
+        effective = opened.num_train_samples
+    plan = None if effective is None or limit is None else BatchPlan.build(effective, limit)
+    return Planned(
+        device=opened.device_name,
+        budget_bytes=opened.budget_bytes,
+        effective_batch_size=effective,
+        microbatch_size=None if plan is None else plan.microbatch_size,
+        accumulation_steps=None if plan is None else plan.accumulation_steps,
+        num_workers=1,
+        warning=warning,
+    )
+
+
+def failed_event(error: BaseException) -> Failed:
+    """Return the event of a trial that ended with `error`."""
+    notes = "\n".join(getattr(error, "__notes__", []))
+    return Failed(error=f"{type(error).__name__}: {error}", details=notes)
+
+
+def _probe(
+    children: TrialChildren, opened: Opened, settings: TrialSettings, limit: int, emit: Emit
+) -> ProbeResult:
+    start, search = search_start(settings, opened)
+    attempts: list[Attempt] = []
+
+    def attempt(microbatch_size: int) -> Attempt:
+        attempts.append(children.attempt(microbatch_size, settings.probe_timeout_seconds))
+        return attempts[-1]
+
+    try:
+        result = find_largest(
+            attempt, limit=limit, budget_bytes=opened.budget_bytes, start=start, search=search
+        )
+    except NotEnoughMemoryError:
+        emit(probed_event(attempts, opened.budget_bytes, None, Bound.MEMORY))
+        raise
+    emit(probed_event(result.attempts, result.budget_bytes, result.microbatch_size, result.bounded_by))
+    return result
+
+
+def probed_event(
+    attempts: tuple[Attempt, ...] | list[Attempt], budget_bytes: int, size: int | None, bound: Bound
+) -> Probed:
+    """Return the event of a probe that found `size`, or nothing."""
+    return Probed(
+        microbatch_size=size,
+        budget_bytes=budget_bytes,
+        bounded_by=bound,
+        seconds=sum(attempt.seconds for attempt in attempts),
+        attempts=[asdict(attempt) for attempt in attempts],
+    )
+
+
+def _train(child: ChildProcess, limit: int | None, metric: str, emit: Emit) -> Iterator[Report]:
+    child.send(TrainRequest(limit))
+    num_reports = 0
+    while True:
+        message = child.receive()
+        if isinstance(message, Finished):
+            emit(TrainingEnded(reason="the training function returned"))
+            return
+        num_reports += 1
+        report = replace(message, metrics={"epoch": num_reports, **message.metrics})
+        require_metric(metric, report.metrics)
+        emit(Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes))
+        if report.is_final:
+            emit(TrainingEnded(reason=report.reason))
+        yield report
+        child.send(Continue())
+
+
+def require_metric(metric: str, names: Collection[str] | None) -> None:
+    """Raise MetricError unless the sweep's metric is among the names reported; None: they are not known."""
+    if names is not None and metric not in names:
+        raise MetricError(f"run.metric: {metric!r} is not reported; {did_you_mean(metric, sorted(names))}")
+
+
+def _opening(spec: TrialSpec, scratch_dir: str) -> Opening:
+    return Opening(
+        task_payload=spec.task_payload,
+        function_payload=spec.function_payload,
+        config=spec.config,
+        settings=spec.settings,
+        device=spec.device,
+        device_share=spec.device_share,
+        num_threads=spec.num_threads,
+        scratch_dir=scratch_dir,
+        checkpoint_path=spec.checkpoint_path,
+    )

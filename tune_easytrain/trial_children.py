@@ -1,0 +1,77 @@
+"""The child processes of one trial: one at a time, and an attempt that fails costs its child. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+
+from tune_easytrain.child_process import ChildProcess
+from tune_easytrain.errors import ChildDiedError
+from tune_easytrain.probe import Attempt, Outcome
+from tune_easytrain.protocol import AttemptReply, AttemptRequest, Opened, Opening
+
+
+class TrialChildren:
+    """Starts children for one trial and ends them again.
+
+    Every attempt gets a child that has tried nothing before. A child whose attempt ran and whose memory is
+    back where it was goes on to train.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        self._child: ChildProcess | None = None
+        self._has_tried = False
+
+    def open(self) -> Opened:
+        """Start a child; every later one is held to the first one's budget."""
+        self._child = ChildProcess(self._opening)
+        opened = self._child.receive()
+        assert isinstance(opened, Opened)
+        self._opening = replace(self._opening, budget_bytes=opened.budget_bytes)
+        return opened
+
+    def attempt(self, microbatch_size: int, timeout_seconds: float) -> Attempt:
+        """Try one size. A child that dies or does not answer in time is a failed attempt.
+
+        Raises what the task's own code raised, with its type.
+        """
+        start = time.perf_counter()
+        try:
+            child = self._fresh_child()
+            child.send(AttemptRequest(microbatch_size))
+            reply = child.receive(timeout_seconds)
+        except ChildDiedError as error:
+            outcome, message = Outcome.DIED, str(error)
+        except TimeoutError as error:
+            outcome, message = Outcome.TIMED_OUT, str(error)
+        else:
+            assert isinstance(reply, AttemptReply)
+            if not reply.is_clean:
+                self.kill()
+            return replace(reply.attempt, seconds=time.perf_counter() - start)
+        self.kill()
+        return Attempt(microbatch_size, outcome, None, time.perf_counter() - start, message)
+
+    def _fresh_child(self) -> ChildProcess:
+        if self._has_tried:
+            self.kill()
+        child = self.for_training()
+        self._has_tried = True
+        return child
+
+    def for_training(self) -> ChildProcess:
+        """Return the child at hand, or a new one."""
+        if self._child is None:
+            self.open()
+        assert self._child is not None
+        return self._child
+
+    def kill(self) -> None:
+        """End the child, if there is one."""
+        self._has_tried = False
+        if self._child is not None:
+            with contextlib.suppress(OSError):
+                self._child.kill()
+            self._child = None

@@ -1,0 +1,100 @@
+"""`TrialContext`: what a training function sees of its trial."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.errors import TaskError
+from tune_easytrain.memory import DeviceMemory
+from tune_easytrain.protocol import Report
+from tune_easytrain.settings import TrialSettings
+from tune_easytrain.task import Task
+
+
+@dataclass(kw_only=True)
+class TrialContext:
+    """One trial, as `train(config, trial)` gets it.
+
+    Attributes:
+        task: what `build_task(config)` returned; None for a sweep without a task.
+        device: the device to train on.
+        batch_plan: the effective batch size as micro-batches that the probe found to fit; None where the
+            sweep gives no batch size.
+        settings: the trial's `batch` and `train` keys.
+    """
+
+    task: Task | None
+    device: torch.device
+    batch_plan: BatchPlan | None
+    settings: TrialSettings
+    memory: DeviceMemory
+    scratch_dir: Path
+    checkpoint_path: Path | None
+    send: Callable[[Report], None]
+
+    def report(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        checkpoint: Mapping[str, Any] | None = None,
+        is_final: bool = False,
+        reason: str = "",
+    ) -> None:
+        """Report metrics, usually once an epoch; returns when they have been taken.
+
+        Args:
+            metrics: numbers by name; must hold the sweep's metric. `epoch` is counted where it is missing.
+            checkpoint: tensors and plain values from which `load_checkpoint` lets the trial go on; written
+                whole or not at all.
+            is_final: nothing will be reported after this.
+            reason: with `is_final`, why training ends here.
+
+        Raises TaskError for a value that is not a number.
+        """
+        path = None
+        if checkpoint is not None:
+            path = self.scratch_dir / "checkpoint.pt"
+            save_checkpoint(checkpoint, path)
+        self.send(
+            Report(
+                {name: _number(name, value) for name, value in metrics.items()},
+                self.memory.peak_bytes(),
+                None if path is None else str(path),
+                is_final,
+                reason,
+            )
+        )
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Return the last checkpoint reported, with tensors on the CPU; None where the trial starts anew."""
+        return None if self.checkpoint_path is None else load_checkpoint(self.checkpoint_path)
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all: to a file beside it, synced, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; only tensors and plain values are loaded, never code."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(f"metric {name!r} is not a single number but {value!r}") from error

@@ -1,0 +1,112 @@
+"""`TrialRecord`: what a trial's events add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from tune_easytrain.events import (
+    Created,
+    Event,
+    Failed,
+    Finished,
+    Planned,
+    Probed,
+    Reported,
+    Started,
+    Stopped,
+)
+
+PROGRESS_KEYS = (
+    "epoch",
+    "optimizer_steps",
+    "num_samples",
+    "learning_rate",
+    "samples_per_second",
+    "epoch_seconds",
+)
+"""Reported values that have columns of their own; all others are metrics."""
+
+
+class TrialState(StrEnum):
+    """Where a trial stands."""
+
+    PENDING = "pending"
+    PROBING = "probing"
+    TRAINING = "training"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """Ended early by the scheduler."""
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will happen to the trial any more."""
+        return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED)
+
+
+@dataclass
+class TrialRecord:
+    """One trial as far as it has come. `reports` holds one report per epoch, the latest of each."""
+
+    trial_id: str
+    state: TrialState = TrialState.PENDING
+    config: dict[str, Any] = field(default_factory=dict)
+    probe: Probed | None = None
+    plan: Planned | None = None
+    reports: list[dict[str, float]] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+    reason: str = ""
+    error: str = ""
+    error_details: str = ""
+
+    @classmethod
+    def from_events(cls, trial_id: str, events: Iterable[Event]) -> TrialRecord:
+        """Add up a trial's events."""
+        record = cls(trial_id)
+        for event in events:
+            record.add(event)
+        return record
+
+    def add(self, event: Event) -> None:
+        """Take one more event into account."""
+        match event:
+            case Created():
+                self.config = event.config
+            case Started():
+                self.config, self.state = event.config, TrialState.PROBING
+                self.error = self.error_details = self.reason = ""
+            case Probed():
+                self.probe = event
+            case Planned():
+                self.plan, self.state = event, TrialState.TRAINING
+            case Reported():
+                self._add_report(event)
+            case Finished():
+                self.state, self.reason = TrialState.FINISHED, event.reason
+            case Stopped():
+                self.state, self.reason = TrialState.STOPPED, event.reason
+            case Failed():
+                self.state, self.error, self.error_details = TrialState.FAILED, event.error, event.details
+
+    def _add_report(self, event: Reported) -> None:
+        # A trial that was set back to a checkpoint reports its epochs again: the later report holds.
+        epoch = event.metrics.get("epoch", len(self.reports) + 1)
+        self.reports = [r for r in self.reports if r.get("epoch", 0) < epoch]
+        self.reports.append({"epoch": epoch, **event.metrics})
+        self.peak_memory_bytes = max(self.peak_memory_bytes or 0, event.peak_memory_bytes)
+
+    @property
+    def last(self) -> Mapping[str, float]:
+        """The latest report, empty before the first."""
+        return self.reports[-1] if self.reports else {}
+
+    def best(self, metric: str, mode: Literal["min", "max"]) -> Mapping[str, float]:
+        """Return the report in which `metric` was best, the earliest of equals; empty before the first."""
+        candidates = [r for r in self.reports if metric in r and r[metric] == r[metric]]
+        if not candidates:
+            return {}
+        choose = min if mode == "min" else max
+        return choose(candidates, key=lambda report: report[metric])

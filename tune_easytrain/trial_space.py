@@ -1,0 +1,58 @@
+"""`TrialSpace`: what a Ray worker needs to turn one grid point into a trial's config. No pydantic, no Ray."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+POINT_KEY = "point"
+"""The name under which Ray hands a trial its grid point; every other name Ray gives is a sampled key."""
+
+SECTION_NAMES = ("batch", "train")
+"""The sections of a sweep file that a grid may override and that every trial's config holds."""
+
+
+@dataclass(frozen=True)
+class TrialSpace:
+    """The part of a sweep that is the same for all trials; it is pickled to the workers.
+
+    `keys` are the dotted grid keys in the order of a point's values, `constants` the user's `config`,
+    `sections` the sweep's `batch` and `train` as plain dicts.
+    """
+
+    keys: tuple[str, ...]
+    constants: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]
+
+    def config(self, point: Sequence[Any], sampled: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the nested config of one trial; it shares no value with any other trial's.
+
+        Args:
+            point: One value per key. A list will do: Ray restores tuples as lists.
+            sampled: Values drawn from distributions, by dotted key.
+
+        Raises:
+            ValueError: the point has not as many values as there are keys.
+        """
+        values = {**dict(zip(self.keys, point, strict=True)), **(sampled or {})}
+        result: dict[str, Any] = copy.deepcopy({**self.constants, **self.sections})
+        for key, value in values.items():
+            _put(result, key.split("."), copy.deepcopy(value))
+        return result
+
+    def config_from_ray(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the nested config of the trial that Ray gave `params` (see `search_space.param_space`)."""
+        return self.config(params[POINT_KEY], {key: params[key] for key in params if key != POINT_KEY})
+
+
+def _put(target: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+    *parents, last = parts
+    for part in parents:
+        target = target.setdefault(part, {})
+    if isinstance(value, dict) and isinstance(target.get(last), dict):
+        for key, item in value.items():
+            _put(target[last], [key], item)
+    else:
+        target[last] = value

@@ -40,6 +40,7 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if working_dir is not None:
         options["runtime_env"] = {"working_dir": str(Path(working_dir).expanduser().resolve())}

@@ -18,6 +18,17 @@ from tune_easytrain.overrides import apply_overrides
 from tune_easytrain.sections import BatchConfig, FunctionName, RunConfig, Section, TrainConfig, TrialConfig
 from tune_easytrain.yaml_source import YamlPath, YamlSource, read_data, read_file
 
+__all__ = [
+    "BatchConfig",
+    "GridSearchConfig",
+    "RunConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "TrialConfig",
+    "find_project_root",
+    "load_config",
+]
+
 RESERVED_NAMES = ("batch", "train", "memory", "trial", "run")
 """Names that `config` may not hold at its top, because a trial's config has them for the sections."""
 
@@ -78,7 +89,7 @@ class SweepConfig(Section):
         plain["grid_search"] = copy.deepcopy(self.grid_search.resolved())
         plain["run"] = self.run.model_dump()
         if self.run.scheduler is not None:
-            plain["run"]["scheduler"] = self.run.scheduler.model_dump(exclude_none=True)
+            plain["run"]["scheduler"] = self.run.scheduler.resolved()
         return {name: plain[name] for name in type(self).model_fields}
 
     def __eq__(self, other: object) -> bool:
@@ -167,13 +178,22 @@ def _constant_issues(constants: dict[str, Any]) -> list[Issue]:
 def _in_order(source: YamlSource, faults: list[Fault], issues: list[Issue]) -> list[Fault]:
     """Return the faults of reading and those behind the issues, in the file's order, overrides last."""
     positions = _positions(source.data)
+    unread = {fault.path for fault in faults}
     keyed = [((0, fault.line or 0, -1), fault) for fault in faults]
     for issue in issues:
         known = next(n for n in range(len(issue.path), -1, -1) if issue.path[:n] in positions)
         fault = source.fault(*issue)
+        if fault.path in unread and _is_empty(source.data, issue.path):
+            continue  # that it could not be read has been told
         is_override = int(fault.source != source.source)
         keyed.append(((is_override, fault.line or 0, positions[issue.path[:known]]), fault))
     return [fault for _, fault in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def _is_empty(data: Any, path: YamlPath) -> bool:
+    for part in path:
+        data = data.get(part) if isinstance(data, dict) else data[part]
+    return data is None
 
 
 def _positions(data: Any) -> dict[YamlPath, int]:

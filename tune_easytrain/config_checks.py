@@ -111,7 +111,7 @@ def _probe_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[
     """Yield a fault if there is a training function, no task, and yet something is to be probed."""
     if data.get("task") is not None:
         return
-    functions = [value for value in _values(data, grid, "train", "function") if value is not None]
+    functions = [value for value in _values(data, grid, "train", "function") if value not in (None, "none")]
     if functions and any(value == "auto" for value in _values(data, grid, "batch", "probe")):
         problem = f"there is nothing to probe: train.function is {functions[0]!r} and there is no task"
         yield Issue(("batch", "probe"), problem, "write batch: {probe: off}, or name a task")

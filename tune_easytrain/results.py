@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import pandas as pd
 
 from tune_easytrain.events import load_events
+from tune_easytrain.probe import format_bytes
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
 from tune_easytrain.trial_space import SECTION_NAMES
@@ -67,6 +68,10 @@ class SweepResults:
         """The run directory."""
         return self._directory.path
 
+    def sweep(self) -> dict[str, Any]:
+        """Return the sweep as it was run, every default filled in."""
+        return self._directory.load_sweep()
+
     def records(self) -> list[TrialRecord]:
         """Return every trial as it stands now, in the sweep's order."""
         return [
@@ -91,12 +96,17 @@ class SweepResults:
             return None
         return frame.loc[values.idxmin() if self.mode == "min" else values.idxmax()]
 
+    def varied_keys(self) -> list[str]:
+        """Return the grid keys that tell the trials apart: those with more than one value."""
+        grid: Mapping[str, Any] = self.sweep()["grid_search"]["grid"]
+        return [key for key, values in grid.items() if not isinstance(values, list) or len(values) > 1]
+
     def save_csv(self, path: str | Path) -> None:
         """Write the frame as CSV."""
         self.frame().to_csv(path, index=False)
 
     def _config_keys(self) -> list[str]:
-        sweep = self._directory.load_sweep()
+        sweep = self.sweep()
         settings = {name: sweep[name] for name in SECTION_NAMES}
         return list(dict.fromkeys([*sweep["grid_search"]["grid"], *_flatten({**sweep["config"], **settings})]))
 
@@ -132,6 +142,34 @@ def build_frame(
     frame = pd.DataFrame(rows, columns=columns)
     dtypes = {column.name: column.dtype for column in COLUMNS} | dict.fromkeys(metric_columns, "float64")
     return frame.astype(cast("dict[str, Any]", dtypes))
+
+
+def summary_rows(frame: pd.DataFrame, metric: str, keys: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the frame as a person wants to see it first."""
+    keys = [key for key in keys if key in frame]
+    rows = []
+    for _, row in frame.iterrows():
+        peak, budget = row["peak_memory_bytes"], row["memory_budget_bytes"]
+        cells = [row["trial_id"], *(row[key] for key in keys), row["state"], row["effective_batch_size"]]
+        cells += [row["microbatch_size"], row["accumulation_steps"], row["probe_attempts"]]
+        cells += ["" if pd.isna(peak) else f"{format_bytes(peak)} / {format_bytes(budget)}"]
+        cells += [row["num_samples"], row["optimizer_steps"], _short(row["samples_per_second"])]
+        cells += [_short(row[f"{metric}_best"]), _first_line(row["error"])]
+        rows.append(["" if pd.isna(cell) else str(cell) for cell in cells])
+    headings = ["trial", *keys, "state", "E", "m", "k", "tries", "peak / budget", "samples", "steps"]
+    headings += ["samples/s", f"{metric} (best)", "error"]
+    if not any(row[-1] for row in rows):
+        return headings[:-1], [row[:-1] for row in rows]
+    return headings, rows
+
+
+def _short(value: Any) -> Any:
+    return value if pd.isna(value) else f"{value:.4g}"
+
+
+def _first_line(text: str, width: int = 80) -> str:
+    line = text.partition("\n")[0]
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def grid_keys(config: SweepConfig) -> tuple[str, ...]:
     return tuple(listed_values(config.grid_search))
 
 
+def varied_keys(config: SweepConfig) -> tuple[str, ...]:
+    """Return the dotted grid keys that tell the trials apart: several values, or drawn."""
+    return tuple(
+        key
+        for key, values in config.grid_search.grid.items()
+        if isinstance(values, Distribution) or len(values) > 1
+    )
+
+
 def grid_points(config: SweepConfig, max_experiments: int | None = None) -> list[tuple[Any, ...]]:
     """Return the points of the grid: one tuple per trial, its values in the order of `grid_keys`.
 

@@ -20,10 +20,7 @@ _BYTE_UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?([A-Za-z]*)\Z")
-_SCHEDULER_DEFAULTS: dict[str, dict[str, int]] = {
-    "asha": {"reduction_factor": 4},
-    "median": {"min_samples": 3},
-}
+_OWN_SETTINGS = {"asha": "reduction_factor", "median": "min_samples"}
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\Z")
 
 
@@ -187,36 +184,38 @@ class SchedulerConfig(Section):
     grace_period: PositiveInt = 1
     """Epochs that every trial may train before it can be stopped."""
 
-    reduction_factor: Annotated[int, Ge(2)] | None = None
-    """asha only: one in this many trials goes on at each rung; default 4."""
+    reduction_factor: Annotated[int, Ge(2)] = 4
+    """asha only: one in this many trials goes on at each rung."""
 
-    min_samples: PositiveInt | None = None
-    """median only: trials that must have reported before one is stopped; default 3."""
+    min_samples: PositiveInt = 3
+    """median only: trials that must have reported before one is stopped."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
+    def _from_name(cls, data: Any) -> Any:
         if isinstance(data, SchedulerConfig):
             return data
         if isinstance(data, str):
-            if data not in _SCHEDULER_DEFAULTS:
-                raise fail(f"{data!r} is no scheduler", did_you_mean(data, _SCHEDULER_DEFAULTS))
+            if data not in _OWN_SETTINGS:
+                raise fail(f"{data!r} is no scheduler", did_you_mean(data, _OWN_SETTINGS))
             data = {"name": data}
         if not isinstance(data, dict):
-            remedy = f"write {' or '.join(_SCHEDULER_DEFAULTS)}, or a mapping with name and settings"
+            remedy = f"write {' or '.join(_OWN_SETTINGS)}, or a mapping with name and settings"
             raise fail(f"{show_value(data)} is no scheduler", remedy)
-        name = data.get("name")
-        defaults = _SCHEDULER_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
-        return {**defaults, **{key: value for key, value in data.items() if value is not None}}
+        return {key: value for key, value in data.items() if value is not None}
 
-    @field_validator("reduction_factor", "min_samples")
+    @field_validator(*_OWN_SETTINGS.values())
     @classmethod
-    def _belongs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        owner = "asha" if info.field_name == "reduction_factor" else "median"
-        name = info.data.get("name", owner)
-        if value is not None and name != owner:
+    def _belongs(cls, value: int, info: ValidationInfo) -> int:
+        name = info.data.get("name")
+        if name is not None and info.field_name != _OWN_SETTINGS[name]:
+            owner = next(owner for owner, setting in _OWN_SETTINGS.items() if setting == info.field_name)
             raise fail(f"{info.field_name} ({value}) is for {owner}, not for {name}", "remove it")
         return value
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings that the named scheduler has."""
+        return {key: getattr(self, key) for key in ("name", "grace_period", _OWN_SETTINGS[self.name])}
 
 
 class RunConfig(Section):

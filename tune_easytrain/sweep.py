@@ -8,19 +8,29 @@ from typing import Any
 
 from ray import tune
 from ray.util.queue import Queue
+from rich.console import Console
 
 from tune_easytrain.cluster import check_resources, placement, ray_session, resource_bundle
 from tune_easytrain.config import SweepConfig, load_config
-from tune_easytrain.errors import TaskError
 from tune_easytrain.events import Created
 from tune_easytrain.inline import run_trials_inline
-from tune_easytrain.recorder import SweepCallback, SweepRecorder, Watch
+from tune_easytrain.model_check import check_models
+from tune_easytrain.progress import Progress, say_lines
+from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
-from tune_easytrain.search_space import build_trial_space, expand_trials, grid_points, param_space
+from tune_easytrain.search_space import (
+    build_trial_space,
+    expand_trials,
+    grid_keys,
+    grid_points,
+    param_space,
+    varied_keys,
+)
+from tune_easytrain.sweep_plan import build_plan
 from tune_easytrain.sweep_trial import SweepShared, SweepTrial, readable_id
 from tune_easytrain.task import BuildTask
-from tune_easytrain.task_source import load_function, pickle_function
+from tune_easytrain.task_source import load_sweep_functions
 from tune_easytrain.trial_record import TrialRecord
 
 _CHECKPOINTS_KEPT = 2
@@ -35,7 +45,7 @@ def run(
     address: str | None = "local",
     max_experiments: int | None = None,
     debug: bool = False,
-    watch: Watch | None = None,
+    quiet: bool = False,
 ) -> SweepResults:
     """Run a sweep to its end and return its results.
 
@@ -47,29 +57,38 @@ def run(
             RAY_ADDRESS or this host names, or else starts one; anything else is a cluster's address.
         max_experiments: keep only the first so many trials of the file's order.
         debug: run the trials one after another in this very process, without Ray, so that a debugger works.
-        watch: called with a trial's record and each of its events.
+        quiet: show no progress; otherwise it goes to standard error.
 
     Raises:
-        ConfigError: with every fault of the sweep file.
+        ConfigError: with every fault of the sweep file, models that cannot be built among them.
         BadInputError: what else was given and cannot be used: task, storage, address, resources.
     """
-    config = config_or_path if isinstance(config_or_path, SweepConfig) else load_config(config_or_path, overrides=overrides)
+    config = config_or_path
+    if not isinstance(config, SweepConfig):
+        config = load_config(config, overrides=overrides)
+    console = Console(stderr=True, quiet=quiet)
+    say_lines(console, build_plan(config, max_experiments).describe())
     task, function = load_sweep_functions(config, build_task)
+    if task is not None:
+        check_models(config, task, max_experiments)
     num_points = len(grid_points(config, max_experiments))
     if debug:
         directory = _create(config, task, function, num_points)
-        recorder = SweepRecorder(directory, _records(directory), watch)
-        run_trials_inline(config, task, function, recorder, max_experiments)
+        with _display(config, directory, console) as progress:
+            recorder = SweepRecorder(directory, _records(directory), progress.watch)
+            run_trials_inline(config, task, function, recorder, num_points)
         return SweepResults(directory)
     with ray_session(address, config.run.working_dir):
         check_resources(config.trial)
         directory = _create(config, task, function, num_points)
-        return _fit(config, directory, num_points, watch)
+        say_lines(
+            console, [f"Run directory: {directory.path}", f"If interrupted: tune-easytrain resume {directory.path}"]
+        )
+        _fit(config, directory, num_points, console)
+    return SweepResults(directory)
 
 
-def resume(
-    run_dir: str | Path, *, address: str | None = "local", watch: Watch | None = None
-) -> SweepResults:
+def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = False) -> SweepResults:
     """Go on with a sweep whose driver died; trials that had ended are neither run again nor changed.
 
     Raises RunDirectoryError where the folder is no run directory, BadInputError as `run` does.
@@ -79,29 +98,13 @@ def resume(
     num_points = max(1, len(list(directory.trial_ids())) // config.run.num_samples)
     with ray_session(address, config.run.working_dir):
         check_resources(config.trial)
-        return _fit(config, directory, num_points, watch)
+        _fit(config, directory, num_points, Console(stderr=True, quiet=quiet))
+    return SweepResults(directory)
 
 
-def load_sweep_functions(
-    config: SweepConfig, build_task: BuildTask | None = None
-) -> tuple[bytes | None, bytes | None]:
-    """Return the pickled `build_task` and training function of a sweep, each None where there is none.
-
-    Raises TaskError where one cannot be loaded or pickled.
-    """
-    sweep_dir = config.project_root if config.source_path is None else config.source_path.parent
-    places = {"project_root": config.project_root, "sweep_dir": sweep_dir}
-    if build_task is None and config.task is not None:
-        build_task = load_function(config.task, key="task", **places)
-    function = None
-    if config.train.function is not None:
-        function = load_function(config.train.function, key="train.function", **places)
-    if build_task is None and function is None:
-        raise TaskError("task: the sweep names no task; add `task: file.py:function`, or pass build_task")
-    return (
-        None if build_task is None else pickle_function(build_task, "task"),
-        None if function is None else pickle_function(function, "train.function"),
-    )
+def _display(config: SweepConfig, directory: RunDirectory, console: Console) -> Progress:
+    keys = varied_keys(config) or grid_keys(config)[:1]
+    return Progress(console, config.run.metric, keys, _records(directory).values())
 
 
 def _create(
@@ -123,12 +126,31 @@ def _records(directory: RunDirectory) -> dict[str, TrialRecord]:
     return {record.trial_id: record for record in SweepResults(directory).records()}
 
 
-def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, watch: Watch | None) -> SweepResults:
-    """Let Ray Tune run what has not ended yet, and write down what happens."""
+def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console: Console) -> None:
+    """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records = _records(directory)
-    recorder = SweepRecorder(directory, records, watch)
     events = Queue(actor_options={"num_cpus": 0})
-    recorder.listen_to(events)
+    trainable = _trainable(config, directory, events, records)
+    run_dir = str(directory.path)
+    with _display(config, directory, console) as progress:
+        recorder = SweepRecorder(directory, records, progress.watch)
+        recorder.listen_to(events)
+        SweepCallback.recorders[run_dir] = recorder
+        try:
+            if tune.Tuner.can_restore(str(directory.ray_dir)):
+                tuner = tune.Tuner.restore(str(directory.ray_dir), trainable, resume_unfinished=True)
+            else:  # a new sweep, or one whose driver died before Ray had saved anything
+                tuner = _new_tuner(config, directory, trainable, num_points)
+            tuner.fit()
+        finally:
+            recorder.drain(force=True)
+            del SweepCallback.recorders[run_dir]
+            events.shutdown(force=True)
+
+
+def _trainable(
+    config: SweepConfig, directory: RunDirectory, events: Queue, records: Mapping[str, TrialRecord]
+) -> Any:
     task, function = directory.load_functions()
     shared = SweepShared(
         space=build_trial_space(config),
@@ -140,20 +162,7 @@ def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, watch: W
         events=events,
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
     )
-    trainable = tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
-    run_dir = str(directory.path)
-    SweepCallback.recorders[run_dir] = recorder
-    try:
-        if tune.Tuner.can_restore(str(directory.ray_dir)):
-            tuner = tune.Tuner.restore(str(directory.ray_dir), trainable, resume_unfinished=True)
-        else:
-            tuner = _new_tuner(config, directory, trainable, num_points)
-        tuner.fit()
-    finally:
-        recorder.drain(force=True)
-        del SweepCallback.recorders[run_dir]
-        events.shutdown(force=True)
-    return SweepResults(directory)
+    return tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
 
 
 def _new_tuner(config: SweepConfig, directory: RunDirectory, trainable: Any, num_points: int) -> tune.Tuner:

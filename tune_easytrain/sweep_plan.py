@@ -63,6 +63,17 @@ class SweepPlan:
         """Share of the Cartesian product's trials that pairing saves, from 0 to 100."""
         return 100.0 * (1 - self.num_all_trials / self.num_cartesian_trials)
 
+    def describe(self) -> list[str]:
+        """Return the lines that tell people how many trials there are and why, warnings last."""
+        saved = f", {self.trials_saved_percent:.0f} % fewer" if self.trials_saved_percent else ""
+        cut = "" if self.num_trials == self.num_all_trials else f" of {self.num_all_trials}"
+        return [
+            f"Mode: {self.pairing.mode}. {self.pairing.reason}",
+            f"{self.num_trials}{cut} trials; the Cartesian product would have been "
+            f"{self.num_cartesian_trials}{saved}.",
+            *(f"Warning: {warning}" for warning in self.warnings),
+        ]
+
     def hours(self, hours_per_trial: float) -> tuple[float, float]:
         """Return the hours of all trials one after another: as planned, and for the Cartesian product."""
         return self.num_trials * hours_per_trial, self.num_cartesian_trials * hours_per_trial

@@ -14,7 +14,31 @@ from typing import Any
 
 import cloudpickle
 
+from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import TaskError, did_you_mean
+from tune_easytrain.task import BuildTask
+
+
+def load_sweep_functions(
+    config: SweepConfig, build_task: BuildTask | None = None
+) -> tuple[bytes | None, bytes | None]:
+    """Return the pickled `build_task` and training function of a sweep, each None where there is none.
+
+    Raises TaskError where one cannot be loaded or pickled.
+    """
+    sweep_dir = config.project_root if config.source_path is None else config.source_path.parent
+    places = {"project_root": config.project_root, "sweep_dir": sweep_dir}
+    if build_task is None and config.task is not None:
+        build_task = load_function(config.task, key="task", **places)
+    function = None
+    if config.train.function is not None:
+        function = load_function(config.train.function, key="train.function", **places)
+    if build_task is None and function is None:
+        raise TaskError("task: the sweep names no task; add `task: file.py:function`, or pass build_task")
+    return (
+        None if build_task is None else pickle_function(build_task, "task"),
+        None if function is None else pickle_function(function, "train.function"),
+    )
 
 
 def load_function(name: str, *, key: str, project_root: Path, sweep_dir: Path) -> Callable[..., Any]:

@@ -67,8 +67,8 @@ class VideoFile:
     Frame `i` is the i-th picture (from 0) that decoding from the start yields. Where the file's frame
     rate varies it is the picture shown at i ÷ (average frame rate).
 
-    `num_frames` is at first what the header claims, by its frame count or its duration, whichever is
-    less. Headers lie: when reading meets the end of the file earlier, it becomes the true number.
+    `num_frames` is at first what the header claims, by its frame count or else its duration. Headers lie:
+    when reading meets the end of the file earlier, it becomes the true number.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -104,13 +104,13 @@ class VideoFile:
         self.num_frames = self._claimed_frames(rate) or self._count_frames()
 
     def _claimed_frames(self, rate: Any) -> int:
+        """The header's frame count or else its duration in frames; 0 where it has neither."""
         stream, container = self._stream, self._container
-        claims = [stream.frames]
+        if stream.frames > 0:
+            return int(stream.frames)
         if stream.duration:
-            claims.append(round(stream.duration * stream.time_base * rate))
-        elif container.duration:
-            claims.append(round(container.duration * rate / 1_000_000))
-        return min((claim for claim in claims if claim > 0), default=0)
+            return max(round(stream.duration * stream.time_base * rate), 0)
+        return max(round((container.duration or 0) * rate / 1_000_000), 0)
 
     def _count_frames(self) -> int:
         while self._step():

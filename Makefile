@@ -1,0 +1,41 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DATA := $(CURDIR)/data/ucf101_demo
+
+# Byte-compiling all of torch takes longer than compiling what is imported when it is imported.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## Show what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed-demo ## Nine video models on real clips under a small memory budget, on this machine
+	$(BIN)/python examples/make_demo_data.py $(DEMO_DATA)
+	$(BIN)/tune-easytrain run configs/ucf101_demo.yaml --set config.data.root=$(DEMO_DATA)
+
+test: $(VENV)/.installed-test ## Run the tests (no GPU needed)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-demo ## Measure the overhead of a trial on this machine
+	$(BIN)/python benchmarks/trial_overhead.py
+
+clean: ## Remove the virtual environment and what was made
+	rm -rf $(VENV) data runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[$*]'
+	touch $@

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.errors import BadInputError
+from tune_easytrain.search_space import (
+    build_trial_space,
+    choose_pairing,
+    expand_trials,
+    grid_keys,
+    grid_points,
+    num_grid_points,
+    num_trials,
+    param_space,
+    trial_config,
+)
+from tune_easytrain.sweep_plan import build_plan
+
+MODELS = [
+    "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_b", "swin3d_s", "swin3d_t",
+]  # fmt: skip
+SIZES = [128, 64, 128, 32, 16, 16, 16, 16, 16]
+NINE = {
+    "model.type": MODELS,
+    "hp.batch_size": SIZES,
+    "hp.learning_rate": [0.001],
+    "optimizer.name": ["adam"],
+}
+
+
+def sweep(grid: dict[str, Any], pair: Any = "auto", **sections: Any) -> SweepConfig:
+    sections.setdefault("batch", {"effective_batch_size": 128})
+    return load_config({"grid_search": {"grid": grid, "pair": pair}, **sections})
+
+
+def nine(**sections: Any) -> SweepConfig:
+    return sweep(NINE, **{"batch": {}, **sections})
+
+
+def test_nine_models_are_paired_one_to_one() -> None:
+    trials = expand_trials(nine(config={"data": {"root": "/d"}}))
+    assert [(t["model"]["type"], t["hp"]["batch_size"]) for t in trials] == list(
+        zip(MODELS, SIZES, strict=True)
+    )
+    assert trials[3] == {
+        "data": {"root": "/d"},
+        "model": {"type": "s3d"},
+        "hp": {"batch_size": 32, "learning_rate": 0.001},
+        "optimizer": {"name": "adam"},
+        "batch": nine().resolved()["batch"],
+        "train": nine().resolved()["train"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "pair", "mode", "num_points", "warns"),
+    [
+        (NINE, "auto", "paired", 9, False),
+        (NINE, "none", "cartesian", 81, False),
+        ({"model.type": ["a", "b"], "hp.batch_size": [128]}, "auto", "single", 2, False),
+        ({"model.type": ["a", "b"], "hp.batch_size": 128}, "auto", "single", 2, False),
+        ({"model.type": ["a", "b"], "hp.batch_size": [64, 128, 256]}, "auto", "cartesian", 6, True),
+        ({"model.type": ["a", "b"], "hp.lr": [1, 2]}, "auto", "cartesian", 4, False),
+        ({"model.type": ["a"], "hp.batch_size": [1]}, "auto", "single", 1, False),
+        ({}, "auto", "single", 1, False),
+        ({"a": [1, 2], "b": [3, 4], "c": [5, 6]}, [["c", "a"]], "explicit", 4, False),
+        (NINE, [], "explicit", 81, False),
+    ],
+)
+def test_pairing_rule(grid: dict[str, Any], pair: Any, mode: str, num_points: int, warns: bool) -> None:
+    config = sweep(grid, pair)
+    plan = choose_pairing(config.grid_search)
+    assert plan.mode == mode
+    assert len(grid_points(config)) == num_grid_points(config) == num_points
+    assert (plan.warning is not None) is warns
+    assert plan.reason.endswith(".")
+    assert sorted(key for group in plan.groups for key in group) == sorted(grid)
+    firsts = [group[0] for group in plan.groups]
+    assert firsts == [key for key in grid if key in firsts]
+
+
+def test_unequal_lengths_warn_with_keys_and_lengths() -> None:
+    config = sweep({"hp.batch_size": [64, 128, 256], "model.type": ["a", "b"]})
+    warning = choose_pairing(config.grid_search).warning
+    assert warning is not None
+    for words in ("model.type has 2 values", "hp.batch_size has 3 values", "not paired", "6 combinations"):
+        assert words in warning
+
+
+def test_a_pair_group_stands_at_the_place_of_its_first_key() -> None:
+    config = sweep({"a": [1, 2], "b": [3, 4], "c": [5, 6]}, [["c", "a"]])
+    assert choose_pairing(config.grid_search).groups == (("a", "c"), ("b",))
+    assert grid_keys(config) == ("a", "b", "c")
+    assert grid_points(config) == [(1, 3, 5), (1, 4, 5), (2, 3, 6), (2, 4, 6)]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[dict[str, list[int]], list[list[str]]]:
+    """A grid in random key order, and disjoint pair groups of equally long keys."""
+    lengths = draw(st.lists(st.integers(1, 4), max_size=3))
+    groups = [[f"g{n}.k{i}" for i in range(draw(st.integers(1, 3)))] for n in range(len(lengths))]
+    keys = draw(st.permutations([(key, n) for n, group in enumerate(groups) for key in group]))
+    numbers = itertools.count()
+    grid = {key: [next(numbers) for _ in range(lengths[n])] for key, n in keys}
+    return grid, draw(st.permutations([group for group in groups if len(group) > 1]))
+
+
+@given(grids(), st.integers(1, 70))
+def test_order_is_that_of_nested_loops_over_groups(
+    drawn: tuple[dict[str, list[int]], list[list[str]]], keep: int
+) -> None:
+    grid, pair = drawn
+    config = sweep(grid, pair)
+    group_of = {key: tuple(group) for group in pair for key in group}
+    groups = list(dict.fromkeys(group_of.get(key, (key,)) for key in grid))
+    expected = []
+    for positions in itertools.product(*(range(len(grid[group[0]])) for group in groups)):
+        at = {key: place for group, place in zip(groups, positions, strict=True) for key in group}
+        expected.append(tuple(grid[key][at[key]] for key in grid))
+    points = grid_points(config)
+    assert points == expected
+    assert grid_points(config, keep) == expected[:keep]
+    assert len(points) == num_trials(config) == build_plan(config).num_trials
+    for point, trial in zip(points, expand_trials(config), strict=True):
+        unpacked = tuple(trial[key.split(".")[0]][key.split(".")[1]] for key in grid)
+        assert unpacked == point
+        assert trial_config(config, list(point), {}) == trial
+
+
+def test_constants_lie_under_trial_values_and_nothing_is_shared() -> None:
+    config = sweep(
+        {"model": [{"type": "a", "blocks": [1]}, {"type": "b"}], "deep.er.still": [[1], [2]]},
+        config={"model": {"width": 64, "blocks": [9]}, "tags": ["x"]},
+    )
+    first, second, third, _ = expand_trials(config)
+    assert first["model"] == {"width": 64, "type": "a", "blocks": [1]}
+    assert third["model"] == {"width": 64, "type": "b", "blocks": [9]}
+    assert second["deep"] == {"er": {"still": [2]}}
+    first["model"]["blocks"].append(5)
+    first["tags"].append("y")
+    first["train"]["epochs"] = 99
+    assert second["model"]["blocks"] == [1]
+    assert second["tags"] == ["x"]
+    assert expand_trials(config)[0]["model"]["blocks"] == [1]
+    assert config.config["tags"] == ["x"]
+    assert config.train.epochs == 1
+
+
+def test_sections_are_overridden_per_trial() -> None:
+    config = sweep(
+        {"train.precision": ["fp32", "bf16"], "batch.memory_budget": ["1GiB"], "train.clip_norm": 1},
+        train={"epochs": 3},
+    )
+    trials = expand_trials(config)
+    assert [trial["train"]["precision"] for trial in trials] == ["fp32", "bf16"]
+    assert all(trial["train"]["epochs"] == 3 for trial in trials)
+    assert trials[0]["batch"]["memory_budget"] == 2**30
+    assert type(trials[0]["train"]["clip_norm"]) is float
+
+
+def test_drawn_keys_are_absent_from_expanded_trials_and_counted() -> None:
+    grid = {"m": ["a", "b"], "hp.lr": {"loguniform": [1e-5, 1e-2]}}
+    config = sweep(grid, run={"num_samples": 5})
+    assert [trial.get("hp") for trial in expand_trials(config)] == [None, None]
+    assert num_trials(config) == 10
+    assert trial_config(config, ("b",), {"hp.lr": 0.1})["hp"] == {"lr": 0.1}
+
+
+def test_param_space_is_one_grid_search_in_order_and_one_domain_per_drawn_key() -> None:
+    from ray import tune
+    from ray.tune.search.variant_generator import generate_variants
+
+    grid = {
+        "z": ["a", "b"],
+        "a": [1, 2],
+        "u": {"uniform": [0, 1]},
+        "l": {"loguniform": [1e-5, 1e-2]},
+        "r.i": {"randint": [3, 5]},
+        "c": {"choice": [{"k": 1}, [2], "x"]},
+    }
+    config = sweep(grid)
+    space = param_space(config, max_experiments=3)
+    assert list(space) == ["point", "u", "l", "r.i", "c"]
+    assert space["point"] == tune.grid_search([("a", 1), ("a", 2), ("b", 1)])
+    variants = [variant for _, variant in generate_variants(space)]
+    assert [variant["point"] for variant in variants] == [("a", 1), ("a", 2), ("b", 1)]
+    trial_space = build_trial_space(config)
+    for variant in variants:
+        trial = trial_space.config_from_ray(json.loads(json.dumps(variant)))
+        assert [trial["z"], trial["a"]] == list(variant["point"])
+        assert 0 <= trial["u"] < 1
+        assert 1e-5 <= trial["l"] < 1e-2
+        assert trial["r"]["i"] in (3, 4)
+        assert trial["c"] in ({"k": 1}, [2], "x")
+    empty = [variant for _, variant in generate_variants(param_space(sweep({})))]
+    assert empty == [{"point": ()}]
+
+
+def test_trial_space_needs_neither_pydantic_nor_ray_on_a_worker() -> None:
+    config = nine()
+    pickled = pickle.dumps(build_trial_space(config))
+    code = (
+        "import sys, pickle\n"
+        "for name in ('pydantic', 'yaml', 'ray', 'torch'): sys.modules[name] = None\n"
+        f"space = pickle.loads({pickled!r})\n"
+        "assert space.config(['s3d', 32, 0.1, 'sgd'])['hp'] == {'batch_size': 32, 'learning_rate': 0.1}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(ValueError, match="zip"):
+        build_trial_space(config).config(("s3d",))
+
+
+def test_plan_of_the_nine_models() -> None:
+    plan = build_plan(nine())
+    assert (plan.num_trials, plan.num_cartesian_trials) == (9, 81)
+    assert round(plan.trials_saved_percent) == 89
+    assert plan.hours(2) == (18, 162)
+    assert [trial.effective_batch_size for trial in plan.trials] == SIZES
+    assert {trial.microbatch_limit for trial in plan.trials} == {None}
+    assert plan.warnings == (
+        "trials differ in effective batch size: 16 … 128; add `batch: {effective_batch_size: 128}` "
+        "so that all models train at the same one",
+    )
+    cut = build_plan(nine(), max_experiments=3)
+    assert (cut.num_trials, cut.num_all_trials) == (3, 9)
+    assert [trial.values["model.type"] for trial in cut.trials] == MODELS[:3]
+    assert "64 … 128" in cut.warnings[0]
+
+
+def test_with_one_effective_batch_size_the_own_sizes_are_limits() -> None:
+    plan = build_plan(nine(batch={"effective_batch_size": 128}))
+    assert plan.warnings == ()
+    assert {trial.effective_batch_size for trial in plan.trials} == {128}
+    assert [trial.microbatch_limit for trial in plan.trials] == SIZES
+
+
+def test_effective_batch_size_in_the_grid_is_meant() -> None:
+    plan = build_plan(sweep({"batch.effective_batch_size": [32, 64]}, batch={}))
+    assert plan.warnings == ()
+    assert [(t.effective_batch_size, t.microbatch_limit) for t in plan.trials] == [(32, None), (64, None)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "batch", "constants", "expected"),
+    [
+        ({"hp.batch_size": {"choice": [8, 16]}}, {}, {}, (None, None)),
+        ({"hp.batch_size": {"choice": [8, 16]}}, {}, {"hp": {"batch_size": 4}}, (None, None)),
+        ({"hp.batch_size": {"choice": [8, 16]}}, {"effective_batch_size": 32}, {}, (32, None)),
+        ({"batch.effective_batch_size": {"choice": [8, 16]}}, {}, {"hp": {"batch_size": 4}}, (None, 4)),
+        ({"batch.effective_batch_size": {"choice": [8, 16]}}, {"effective_batch_size": 1}, {}, (None, None)),
+    ],
+)
+def test_drawn_batch_sizes_are_not_known_beforehand(
+    grid: Any, batch: Any, constants: Any, expected: tuple[int | None, int | None]
+) -> None:
+    plan = build_plan(sweep(grid, batch=batch, config=constants))
+    (trial,) = plan.trials
+    assert (trial.effective_batch_size, trial.microbatch_limit) == expected
+    assert any("8 … 16" in warning for warning in plan.warnings) is (expected == (None, None) and not batch)
+
+
+def test_samples_and_a_cut_together_are_said() -> None:
+    config = sweep({"a": [1, 2, 3], "b": {"uniform": [0, 1]}}, run={"num_samples": 4})
+    plan = build_plan(config, max_experiments=2)
+    assert plan.num_trials == 8
+    assert "first 2 grid points is run 4 times" in plan.warnings[0]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_a_bad_number_of_experiments_is_refused(number: Any) -> None:
+    with pytest.raises(BadInputError, match=f"max_experiments is {number}"):
+        grid_points(nine(), number)

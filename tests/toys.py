@@ -1,0 +1,106 @@
+"""Toy tasks that train in milliseconds. A sweep file names them as `tests/toys.py:build_task`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from tune_easytrain import Task, UnknownNameError
+
+WIDTHS = {"small": 8, "medium": 16, "large": 32}
+NUM_FEATURES = 16
+
+
+def make_data(num_samples: int, seed: int = 0) -> TensorDataset:
+    """Two separable classes; features of shape (num_samples, 16), labels of shape (num_samples,)."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, NUM_FEATURES, generator=generator)
+    return TensorDataset(features, (features.sum(1) > 0).long())
+
+
+def build_task(config: dict[str, Any]) -> Task:
+    """A small classifier. `data.num_samples`, `model.type`, `hp.learning_rate`; `toy.fault` breaks it."""
+    name = config["model"]["type"]
+    if name not in WIDTHS:
+        raise UnknownNameError("model.type", name, list(WIDTHS))
+    toy = config.get("toy", {})
+    num_samples = config.get("data", {}).get("num_samples", 40)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        _misbehave(toy, model)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    return Task(
+        model=lambda: nn.Sequential(
+            nn.Linear(NUM_FEATURES, WIDTHS[name]), nn.ReLU(), nn.Linear(WIDTHS[name], 2)
+        ),
+        loss=loss,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=config["hp"].get("learning_rate", 0.01)),
+        train_data=lambda: make_data(num_samples),
+        val_data=lambda: make_data(12, seed=1),
+        predict=lambda model, batch: (model(batch[0]), batch[1]),
+        metrics={
+            "accuracy": lambda: torchmetrics.classification.MulticlassAccuracy(num_classes=2, average="micro")
+        },
+    )
+
+
+def _misbehave(toy: dict[str, Any], model: nn.Module) -> None:
+    if not model.training:
+        return
+    fault = toy.get("fault")
+    if fault == "bug":
+        raise KeyError("a bug in the task")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        time.sleep(3600)
+    if toy.get("seconds_per_loss"):
+        time.sleep(toy["seconds_per_loss"])
+
+
+BYTES_PER_SAMPLE = 8 * 2**20
+
+
+class HungryModel(nn.Module):
+    """Keeps 8 MiB of activations per sample for the backward pass, and next to nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        wide = batch.reshape(-1, 1).expand(-1, BYTES_PER_SAMPLE // 4) * self.scale
+        return wide.square().mean(1)
+
+
+class Ones(Dataset[torch.Tensor]):
+    """Samples of one number."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index >= self._num_samples:
+            raise IndexError(index)
+        return torch.ones(1)
+
+
+def build_hungry_task(config: dict[str, Any]) -> Task:
+    """A task whose memory is its micro-batch, for real out-of-memory errors under a real cap."""
+    return Task(
+        model=HungryModel,
+        loss=lambda model, batch: model(batch).mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),
+        train_data=lambda: Ones(config.get("num_samples", 64)),
+    )

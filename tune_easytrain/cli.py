@@ -1,0 +1,223 @@
+"""The command line: `tune-easytrain validate | plan | run | resume | results`.
+
+Exit codes: 0 done, 1 trials failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tune_easytrain.errors import BadInputError, TuneEasyTrainError
+
+if TYPE_CHECKING:
+    from tune_easytrain.config import SweepConfig
+    from tune_easytrain.results import SweepResults
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+_PIPE_WIDTH = 1000
+
+app = typer.Typer(
+    name="tune-easytrain",
+    help="Sweeps in which every model trains at exactly the effective batch size asked for, in the memory it has.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+File = Annotated[Path, typer.Argument(help="The sweep file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be given several times."),
+]
+MaxExperiments = Annotated[
+    int | None,
+    typer.Option("--max-experiments", "--max_experiments", min=1, help="Keep the first N trials of the file's order."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+Address = Annotated[
+    str,
+    typer.Option(help="A Ray cluster to join, or 'local' for one of this machine, for the time of the sweep."),
+]
+
+
+def main() -> NoReturn:
+    """Run the command line; what the user can mend is told without a traceback."""
+    try:
+        app()
+    except BadInputError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except TuneEasyTrainError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_FAILED)
+    sys.exit(0)
+
+
+@app.command(epilog="Example:  tune-easytrain validate configs/ucf101_demo.yaml")
+def validate(file: File, overrides: Overrides = None) -> None:
+    """Check a sweep file: its keys and values, its task, and that every model it names can be built."""
+    config = _load(file, overrides)
+    from tune_easytrain.search_space import num_trials
+    from tune_easytrain.task_source import load_sweep_functions
+
+    task, _ = load_sweep_functions(config)
+    num_models = 0
+    if task is not None:
+        from tune_easytrain.model_check import check_models
+
+        num_models = check_models(config, task)
+    _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models, each built without storage")
+
+
+@app.command(epilog="Example:  tune-easytrain plan configs/ucf101_video_grid.yaml --hours-per-trial 2")
+def plan(
+    file: File,
+    overrides: Overrides = None,
+    max_experiments: MaxExperiments = None,
+    hours_per_trial: Annotated[
+        float | None, typer.Option(min=0, help="Hours one trial takes, to add up the whole sweep.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the trials a sweep file stands for, how its keys were paired, and what crossing them would cost."""
+    from tune_easytrain.sweep_plan import build_plan
+
+    config = _load(file, overrides)
+    sweep_plan = build_plan(config, max_experiments)
+    if as_json:
+        from tune_easytrain.search_space import trial_config
+
+        trials = [
+            {
+                "config": trial_config(config, tuple(trial.values.values())),
+                "effective_batch_size": trial.effective_batch_size,
+                "microbatch_limit": trial.microbatch_limit,
+            }
+            for trial in sweep_plan.trials
+        ]
+        _out(json.dumps(trials, indent=2, default=str))
+        return
+    for line in sweep_plan.describe():
+        _out(line)
+    keys = list(sweep_plan.trials[0].values)
+    rows = [
+        [str(number), *(str(trial.values[key]) for key in keys), _number(trial.effective_batch_size), _number(trial.microbatch_limit)]
+        for number, trial in enumerate(sweep_plan.trials)
+    ]
+    _print_table(["#", *keys, "effective batch size", "micro-batch limit"], rows)
+    if hours_per_trial is not None:
+        own, cartesian = sweep_plan.hours(hours_per_trial)
+        _out(f"At {hours_per_trial:g} h a trial: {own:g} h against {cartesian:g} h.")
+
+
+@app.command(epilog="Example:  tune-easytrain run configs/ucf101_demo.yaml --set train.epochs=1")
+def run(
+    file: File,
+    overrides: Overrides = None,
+    address: Address = "local",
+    max_experiments: MaxExperiments = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Run the trials in this process, without Ray, for a debugger.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a sweep and print its results; progress goes to standard error."""
+    config = _load(file, overrides)
+    from tune_easytrain import sweep
+
+    results = sweep.run(config, address=address, max_experiments=max_experiments, debug=debug)
+    _finish(results, as_json)
+
+
+@app.command(epilog="Example:  tune-easytrain resume runs/ucf101_demo_2026-11-22_10-00-00")
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory that `run` printed.", show_default=False)],
+    address: Address = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a sweep that was interrupted; finished trials are kept as they are."""
+    from tune_easytrain import sweep
+
+    _finish(sweep.resume(run_dir, address=address), as_json)
+
+
+@app.command(epilog="Example:  tune-easytrain results runs/ucf101_demo_2026-11-22_10-00-00 --csv results.csv")
+def results(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory of a sweep, running or done.", show_default=False)],
+    csv: Annotated[Path | None, typer.Option(help="Write the whole frame to this CSV file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the results of a sweep as they stand."""
+    from tune_easytrain.results import load_results
+
+    loaded = load_results(run_dir)
+    if csv is not None:
+        loaded.save_csv(csv)
+    _print_results(loaded, as_json)
+
+
+def _load(file: Path, overrides: list[str] | None) -> SweepConfig:
+    from tune_easytrain.config import load_config
+
+    return load_config(file, overrides=overrides or [])
+
+
+def _finish(results: SweepResults, as_json: bool) -> NoReturn:
+    _print_results(results, as_json)
+    num_failed = results.num_failed
+    if num_failed:
+        _err(f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks")
+    raise typer.Exit(EXIT_FAILED if num_failed else 0)
+
+
+def _print_results(results: SweepResults, as_json: bool) -> None:
+    frame = results.frame()
+    if as_json:
+        _out(frame.to_json(orient="records", indent=2, default_handler=str))
+        return
+    from tune_easytrain.results import summary_rows
+
+    headings, rows = summary_rows(frame, results.metric, results.varied_keys())
+    _print_table(headings, rows)
+    best = results.best()
+    if best is not None:
+        _out(f"Best {results.metric}: {best[f'{results.metric}_best']:.4g} ({best['trial_id']})")
+    _out(f"All {frame.shape[1]} columns: tune-easytrain results {results.run_dir} --csv results.csv")
+
+
+def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to fit: nothing may be cut off
+        console = Console(width=_PIPE_WIDTH)
+    console.print(table, markup=False, highlight=False)
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _out(text: str) -> None:
+    typer.echo(text)
+
+
+def _err(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Check a sweep's models before anything runs: each distinct one is built without storage."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+import torch
+
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
+from tune_easytrain.search_space import grid_keys, grid_points, trial_config
+from tune_easytrain.task import Task
+from tune_easytrain.yaml_source import read_file
+
+_MODEL_KEY = "model.type"
+_NOT_OF_THE_MODEL = ("hp", "optimizer", "scheduler", "batch", "train")
+
+
+def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int | None = None) -> int:
+    """Build the model of every distinct config on torch's `meta` device and return how many there are.
+
+    Raises ConfigError with one fault per model that cannot be built, at the line that asks for it. What
+    fails for want of data is left to the trial.
+    """
+    build_task = cloudpickle.loads(task_payload)
+    keys, built, faults = grid_keys(config), set(), []
+    known: list[str] = []
+    failures: list[tuple[tuple[Any, ...], dict[str, Any], Exception]] = []
+    for point in grid_points(config, max_experiments):
+        trial = trial_config(config, point)
+        signature = _model_signature(trial)
+        if signature in built:
+            continue
+        built.add(signature)
+        try:
+            _build_on_meta(build_task, trial)
+            known.append(str(_value_at(trial, _MODEL_KEY)))
+        except Exception as error:  # noqa: BLE001 -- whatever the user's code raises becomes a fault
+            failures.append((point, trial, error))
+    for point, trial, error in failures:
+        faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, error, known))
+    if faults:
+        raise ConfigError(faults)
+    return len(built)
+
+
+def _build_on_meta(build_task: Any, trial: dict[str, Any]) -> None:
+    task = build_task(trial)
+    if not isinstance(task, Task):
+        raise TaskError(f"the task function returned a {type(task).__name__}, not a tune_easytrain.Task")
+    with torch.device("meta"):
+        model = task.model()
+    if not isinstance(model, torch.nn.Module):
+        raise TaskError(f"the task's model() returned a {type(model).__name__}, not a torch.nn.Module")
+
+
+def _model_signature(trial: Mapping[str, Any]) -> str:
+    """Return what the model may depend on; optimizer and batch settings do not make another model."""
+    parts = {key: value for key, value in trial.items() if key not in _NOT_OF_THE_MODEL}
+    return json.dumps(parts, sort_keys=True, default=repr)
+
+
+def _fault(
+    config: SweepConfig, values: Mapping[str, Any], trial: Mapping[str, Any], error: Exception, known: Sequence[str]
+) -> Fault:
+    key = error.key if isinstance(error, UnknownNameError) else _MODEL_KEY
+    value = _value_at(trial, key)
+    problem, remedy = f"{value!r}: building the model failed: {type(error).__name__}: {error}", ""
+    if isinstance(error, UnknownNameError):
+        problem, remedy = f"unknown name {error.value!r}", did_you_mean(error.value, error.valid)
+    elif value is not None and str(value) in str(error):
+        remedy = did_you_mean(value, [*known, *_torchvision_names()])
+    elif isinstance(error, BadInputError):
+        problem = str(error)
+    else:
+        problem += _where(error)
+    source, line, path = _place(config, key, value if key in values else None)
+    return Fault(source, path, problem, remedy, line)
+
+
+def _place(config: SweepConfig, key: str, grid_value: Any) -> tuple[str, int | None, str]:
+    """Return file, line and YAML path of a grid key's value, or of a constant."""
+    if config.source_path is None:
+        return "<config>", None, key
+    source, _ = read_file(config.source_path)
+    path: tuple[str | int, ...] = ("config", *key.split("."))
+    if grid_value is not None:
+        path = ("grid_search", "grid", key)
+        listed = config.grid_search.grid.get(key)
+        if isinstance(listed, tuple) and len(listed) > 1:
+            path = (*path, listed.index(grid_value))
+    fault = source.fault(path, "", "")
+    return fault.source, fault.line, fault.path
+
+
+def _value_at(trial: Mapping[str, Any], key: str) -> Any:
+    value: Any = trial
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models()
+    return names
+
+
+def _where(error: Exception) -> str:
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ is not None else []
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -1,0 +1,150 @@
+"""Progress of a sweep on a terminal: a live table of its trials, or plain lines where output is piped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started
+from tune_easytrain.probe import format_bytes
+from tune_easytrain.trial_record import TrialRecord, TrialState
+
+_ROWS_SHOWN = 30
+_STYLES = {
+    TrialState.PENDING: "dim",
+    TrialState.PROBING: "cyan",
+    TrialState.TRAINING: "blue",
+    TrialState.FINISHED: "green",
+    TrialState.STOPPED: "yellow",
+    TrialState.FAILED: "red",
+}
+
+
+class Progress:
+    """Shows what a sweep does while it runs; a context manager.
+
+    Args:
+        console: where to write; a terminal gets the table, anything else one line per event.
+        metric: the sweep's metric.
+        keys: the dotted config keys that tell the trials apart.
+        records: the trials as they stand.
+    """
+
+    def __init__(
+        self, console: Console, metric: str, keys: Collection[str], records: Iterable[TrialRecord] = ()
+    ) -> None:
+        self._console = console
+        self._metric = metric
+        self._keys = list(keys)
+        self._records = {record.trial_id: record for record in records}
+        self._live = (
+            Live(get_renderable=self._table, console=console, refresh_per_second=4)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def watch(self, record: TrialRecord, event: Event) -> None:
+        """Take note of an event; this is what the recorder calls."""
+        self._records[record.trial_id] = record
+        if self._live is None:
+            line = describe_event(record, event, self._metric, self._keys)
+            if line:
+                say_lines(self._console, [line])
+        elif isinstance(event, Failed):
+            self._live.console.print(f"{record.trial_id} failed: {event.error}", style="red", markup=False)
+
+    def _table(self) -> Table:
+        counts = {state: sum(r.state is state for r in self._records.values()) for state in TrialState}
+        title = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        table = Table(title=title or "starting Ray", expand=False)
+        for heading in ("trial", *self._keys, "state", "m × k", "peak / budget", "epoch", self._metric):
+            table.add_column(heading)
+        shown = sorted(self._records.values(), key=_interest)[:_ROWS_SHOWN]
+        for record in sorted(shown, key=lambda r: r.trial_id):
+            table.add_row(*_cells(record, self._keys, self._metric), style=_STYLES[record.state])
+        if len(self._records) > _ROWS_SHOWN:
+            table.caption = f"{len(self._records) - _ROWS_SHOWN} more trials"
+        return table
+
+
+def say_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are, however wide the terminal is."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _interest(record: TrialRecord) -> tuple[int, str]:
+    """Order trials by what a watcher wants to see when not all fit: running, failed, pending, done."""
+    order = {TrialState.TRAINING: 0, TrialState.PROBING: 0, TrialState.FAILED: 1, TrialState.PENDING: 2}
+    return order.get(record.state, 3), record.trial_id
+
+
+def _cells(record: TrialRecord, keys: Iterable[str], metric: str) -> list[str]:
+    plan, last = record.plan, record.last
+    sizes = peak = ""
+    if plan is not None and plan.microbatch_size is not None:
+        sizes = f"{plan.microbatch_size} × {plan.accumulation_steps}"
+    if plan is not None and record.peak_memory_bytes is not None:
+        peak = f"{format_bytes(record.peak_memory_bytes)} / {format_bytes(plan.budget_bytes)}"
+    return [
+        record.trial_id,
+        *(str(config_value(record, key)) for key in keys),
+        record.state.value,
+        sizes,
+        peak,
+        f"{last['epoch']:g}" if "epoch" in last else "",
+        f"{last[metric]:.4g}" if metric in last else "",
+    ]
+
+
+def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterable[str]) -> str:
+    """Return one line for a log, or an empty string for what is not worth one."""
+    values = ", ".join(str(config_value(record, key)) for key in keys)
+    name = f"{record.trial_id} ({values})" if values else record.trial_id
+    match event:
+        case Started():
+            return f"{name}: {'resumed' if event.resumed else 'started'}"
+        case Probed():
+            tries = ", ".join(f"{a['microbatch_size']} {a['outcome']}" for a in event.attempts)
+            return f"{name}: probe under {format_bytes(event.budget_bytes)}: {tries} ({event.seconds:.1f} s)"
+        case Planned():
+            note = f"; {event.warning}" if event.warning else ""
+            return (
+                f"{name}: effective batch size {event.effective_batch_size} in {event.accumulation_steps} "
+                f"micro-batches of at most {event.microbatch_size} on {event.device}{note}"
+            )
+        case Reported():
+            values = ", ".join(
+                f"{key} {event.metrics[key]:.4g}" for key in ("train_loss", metric) if key in event.metrics
+            )
+            return f"{name}: epoch {event.metrics['epoch']:g}: {values}"
+        case Failed():
+            return f"{name}: failed: {event.error}"
+        case _:
+            return f"{name}: {record.state}: {record.reason}" if record.state.is_final else ""
+
+
+def config_value(record: TrialRecord, key: str) -> object:
+    """Return the trial's value of a dotted config key, an empty string where it has none."""
+    value: object = record.config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return ""
+        value = value[part]
+    return value

@@ -42,7 +42,9 @@ def build_task(config: dict[str, Any]) -> Task:
             nn.Linear(NUM_FEATURES, WIDTHS[name]), nn.ReLU(), nn.Linear(WIDTHS[name], 2)
         ),
         loss=loss,
-        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=config["hp"].get("learning_rate", 0.01)),
+        optimizer=lambda model: torch.optim.Adam(
+            model.parameters(), lr=config["hp"].get("learning_rate", 0.01)
+        ),
         train_data=lambda: make_data(num_samples),
         val_data=lambda: make_data(12, seed=1),
         predict=lambda model, batch: (model(batch[0]), batch[1]),

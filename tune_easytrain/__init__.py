@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tune_easytrain.batch import split_batch
     from tune_easytrain.batch_plan import BatchPlan
     from tune_easytrain.config import SweepConfig, load_config
+    from tune_easytrain.device_probe import find_microbatch
     from tune_easytrain.errors import (
         BadInputError,
         ConfigError,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         TuneEasyTrainError,
         UnknownNameError,
     )
-    from tune_easytrain.device_probe import find_microbatch
     from tune_easytrain.probe import Attempt, ProbeResult
     from tune_easytrain.results import SweepResults, load_results
     from tune_easytrain.search_space import expand_trials

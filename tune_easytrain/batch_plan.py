@@ -83,9 +83,7 @@ class BatchPlan:
 
     def window_offset(self) -> int:
         """Return where this worker's share begins among the samples of a window."""
-        return sum(
-            _share(self.effective_batch_size, self.num_workers, rank) for rank in range(self.rank)
-        )
+        return sum(_share(self.effective_batch_size, self.num_workers, rank) for rank in range(self.rank))
 
 
 def _share(num_samples: int, num_workers: int, rank: int) -> int:

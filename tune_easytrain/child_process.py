@@ -138,13 +138,15 @@ def _main_module_hidden() -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     with _main_module_lock:
-        hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
-        main.__dict__["__spec__"] = None
+        names: dict[str, Any] = main.__dict__
+        hidden: dict[str, Any] = {name: names[name] for name in ("__file__", "__spec__") if name in names}
+        names.pop("__file__", None)
+        names["__spec__"] = None
         try:
             yield
         finally:
-            main.__dict__.pop("__spec__", None)
-            main.__dict__.update(hidden)
+            names.pop("__spec__")
+            names.update(hidden)
 
 
 def _child_main(connection: Connection, opening_payload: bytes, environment: dict[str, str | None]) -> None:
@@ -162,6 +164,6 @@ def _child_main(connection: Connection, opening_payload: bytes, environment: dic
         serve(connection, cloudpickle.loads(opening_payload))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the owner is gone or has had enough
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 -- the owner raises it again
         connection.send(RemoteError.from_exception(error))
         raise SystemExit(0) from None

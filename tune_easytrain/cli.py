@@ -29,7 +29,7 @@ _PIPE_WIDTH = 1000
 
 app = typer.Typer(
     name="tune-easytrain",
-    help="Sweeps in which every model trains at exactly the effective batch size asked for, in the memory it has.",
+    help="Sweeps in which every model trains at exactly the effective batch size asked for.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,16 +39,22 @@ app = typer.Typer(
 File = Annotated[Path, typer.Argument(help="The sweep file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be given several times."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the file; may be given several times."
+    ),
 ]
 MaxExperiments = Annotated[
     int | None,
-    typer.Option("--max-experiments", "--max_experiments", min=1, help="Keep the first N trials of the file's order."),
+    typer.Option(
+        "--max-experiments", "--max_experiments", min=1, help="Keep the first N trials of the file's order."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Address = Annotated[
     str,
-    typer.Option(help="A Ray cluster to join, or 'local' for one of this machine, for the time of the sweep."),
+    typer.Option(
+        help="A Ray cluster to join, or 'local' for one of this machine, for the time of the sweep."
+    ),
 ]
 
 
@@ -57,10 +63,14 @@ def main() -> NoReturn:
     try:
         app()
     except BadInputError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(EXIT_BAD_INPUT)
     except TuneEasyTrainError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(EXIT_FAILED)
     sys.exit(0)
 
@@ -78,7 +88,7 @@ def validate(file: File, overrides: Overrides = None) -> None:
         from tune_easytrain.model_check import check_models
 
         num_models = check_models(config, task)
-    _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models, each built without storage")
+    _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")
 
 
 @app.command(epilog="Example:  tune-easytrain plan configs/ucf101_video_grid.yaml --hours-per-trial 2")
@@ -91,7 +101,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the trials a sweep file stands for, how its keys were paired, and what crossing them would cost."""
+    """Show a sweep file's trials, how its keys were paired, and what crossing them would cost."""
     from tune_easytrain.sweep_plan import build_plan
 
     config = _load(file, overrides)
@@ -113,7 +123,12 @@ def plan(
         _out(line)
     keys = list(sweep_plan.trials[0].values)
     rows = [
-        [str(number), *(str(trial.values[key]) for key in keys), _number(trial.effective_batch_size), _number(trial.microbatch_limit)]
+        [
+            str(number),
+            *(str(trial.values[key]) for key in keys),
+            _number(trial.effective_batch_size),
+            _number(trial.microbatch_limit),
+        ]
         for number, trial in enumerate(sweep_plan.trials)
     ]
     _print_table(["#", *keys, "effective batch size", "micro-batch limit"], rows)
@@ -143,7 +158,9 @@ def run(
 
 @app.command(epilog="Example:  tune-easytrain resume runs/ucf101_demo_2026-11-22_10-00-00")
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory that `run` printed.", show_default=False)],
+    run_dir: Annotated[
+        Path, typer.Argument(help="The run directory that `run` printed.", show_default=False)
+    ],
     address: Address = "local",
     as_json: AsJson = False,
 ) -> None:
@@ -155,7 +172,9 @@ def resume(
 
 @app.command(epilog="Example:  tune-easytrain results runs/ucf101_demo_2026-11-22_10-00-00 --csv results.csv")
 def results(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory of a sweep, running or done.", show_default=False)],
+    run_dir: Annotated[
+        Path, typer.Argument(help="The run directory of a sweep, running or done.", show_default=False)
+    ],
     csv: Annotated[Path | None, typer.Option(help="Write the whole frame to this CSV file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +197,9 @@ def _finish(results: SweepResults, as_json: bool) -> NoReturn:
     _print_results(results, as_json)
     num_failed = results.num_failed
     if num_failed:
-        _err(f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks")
+        _err(
+            f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks"
+        )
     raise typer.Exit(EXIT_FAILED if num_failed else 0)
 
 

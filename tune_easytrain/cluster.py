@@ -76,7 +76,7 @@ def placement(trial: TrialConfig) -> tune.PlacementGroupFactory:
 def check_resources(trial: TrialConfig) -> None:
     """Raise InsufficientResourcesError unless some node, present or to come, can hold one trial."""
     bundle = resource_bundle(trial)
-    present = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    present = [node["Resources"] for node in _nodes() if node["Alive"]]
     if any(_fits(bundle, node) for node in [*present, *_scalable_nodes()]):
         return
     largest = {name: max((node.get(name, 0.0) for node in present), default=0.0) for name in bundle}
@@ -95,11 +95,18 @@ def check_resources(trial: TrialConfig) -> None:
 
 def trials_per_node(trial_bundle: Mapping[str, float], node_id: str) -> int:
     """Return how many trials like this one the given node runs at the same time."""
-    for node in ray.nodes():
+    for node in _nodes():
         if node["NodeID"] == node_id:
             resources = node["Resources"]
-            return max(1, min(int(resources.get(name, 0) / n + _TOLERANCE) for name, n in trial_bundle.items() if n))
+            return max(
+                1, min(int(resources.get(name, 0) / n + _TOLERANCE) for name, n in trial_bundle.items() if n)
+            )
     return 1
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
 
 
 def _scalable_nodes() -> list[dict[str, float]]:

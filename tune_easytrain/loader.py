@@ -96,7 +96,7 @@ class EpochLoader:
     def _load(self, microbatches: Sequence[list[SampleKey]]) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
             self._samples,
-            batch_sampler=microbatches,  # type: ignore[arg-type]  # keys are pairs, which torch passes on
+            batch_sampler=microbatches,
             num_workers=self._num_workers,
             collate_fn=self._task.collate,
             pin_memory=self._device.type == "cuda",

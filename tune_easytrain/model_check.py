@@ -41,8 +41,8 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
             known.append(str(_value_at(trial, _MODEL_KEY)))
         except Exception as error:  # noqa: BLE001 -- whatever the user's code raises becomes a fault
             failures.append((point, trial, error))
-    for point, trial, error in failures:
-        faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, error, known))
+    for point, trial, failure in failures:
+        faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, failure, known))
     if faults:
         raise ConfigError(faults)
     return len(built)
@@ -65,7 +65,11 @@ def _model_signature(trial: Mapping[str, Any]) -> str:
 
 
 def _fault(
-    config: SweepConfig, values: Mapping[str, Any], trial: Mapping[str, Any], error: Exception, known: Sequence[str]
+    config: SweepConfig,
+    values: Mapping[str, Any],
+    trial: Mapping[str, Any],
+    error: Exception,
+    known: Sequence[str],
 ) -> Fault:
     key = error.key if isinstance(error, UnknownNameError) else _MODEL_KEY
     value = _value_at(trial, key)

@@ -137,9 +137,7 @@ def find_largest(
     whatever else `attempt` raises passes through unchanged.
     """
     attempts: list[Attempt] = []
-    while (
-        size := next_microbatch_size(attempts, limit=limit, start=start, search=search)
-    ) is not None:
+    while (size := next_microbatch_size(attempts, limit=limit, start=start, search=search)) is not None:
         attempts.append(attempt(size))
         logger.info("probe: %s", describe_attempt(attempts[-1], budget_bytes))
     best = _best_size(attempts)

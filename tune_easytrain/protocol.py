@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tune_easytrain.probe import Attempt
 from tune_easytrain.settings import TrialSettings
 
 
@@ -62,7 +63,7 @@ class AttemptRequest:
 class AttemptReply:
     """An attempt's result, and whether the child's memory is back where it was before."""
 
-    attempt: Any  # probe.Attempt
+    attempt: Attempt
     is_clean: bool
 
 

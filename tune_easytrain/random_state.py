@@ -30,7 +30,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 def get_random_state() -> dict[str, Any]:
     """Return the state of every generator that `seed_everything` seeds, as tensors and plain values."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -84,7 +84,7 @@ class SweepRecorder:
         self.record(trial_id, Failed(error=lines[-1] if lines else "the worker died", details=details))
 
 
-class SweepCallback(tune.Callback):  # type: ignore[misc]
+class SweepCallback(tune.Callback):
     """Ray Tune's callback of one sweep. Ray pickles it, so it only names its recorder."""
 
     recorders: ClassVar[dict[str, SweepRecorder]] = {}

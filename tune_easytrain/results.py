@@ -28,7 +28,9 @@ class Column:
 
 COLUMNS = (
     Column("trial_id", "string", "", "the trial's id; ids sort in the sweep file's order"),
-    Column("state", "string", "", "pending, probing, training, finished, stopped (by the scheduler) or failed"),
+    Column(
+        "state", "string", "", "pending, probing, training, finished, stopped (by the scheduler) or failed"
+    ),
     Column("error", "string", "", "why the trial failed, with the error's type; empty where it did not"),
     Column("effective_batch_size", "Int64", "samples", "behind one optimizer step, over all workers"),
     Column("microbatch_size", "Int64", "samples", "in the largest forward and backward pass of one worker"),
@@ -91,10 +93,10 @@ class SweepResults:
     def best(self) -> pd.Series[Any] | None:
         """Return the row of the trial with the best value of the sweep's metric; None before any report."""
         frame = self.frame()
-        values = frame[f"{self.metric}_best"].dropna()
-        if values.empty:
-            return None
-        return frame.loc[values.idxmin() if self.mode == "min" else values.idxmax()]
+        ranked = frame.dropna(subset=[f"{self.metric}_best"]).sort_values(
+            f"{self.metric}_best", ascending=self.mode == "min", kind="stable"
+        )
+        return None if ranked.empty else ranked.iloc[0]
 
     def varied_keys(self) -> list[str]:
         """Return the grid keys that tell the trials apart: those with more than one value."""
@@ -108,7 +110,9 @@ class SweepResults:
     def _config_keys(self) -> list[str]:
         sweep = self.sweep()
         settings = {name: sweep[name] for name in SECTION_NAMES}
-        return list(dict.fromkeys([*sweep["grid_search"]["grid"], *_flatten({**sweep["config"], **settings})]))
+        return list(
+            dict.fromkeys([*sweep["grid_search"]["grid"], *_flatten({**sweep["config"], **settings})])
+        )
 
 
 def load_results(run_dir: str | Path) -> SweepResults:
@@ -130,7 +134,7 @@ def build_frame(
         config = {_config_column(key): value for key, value in _flatten(record.config).items()}
         config_columns.extend(config)
         best = record.best(metric, mode)
-        values = {}
+        values: dict[str, float | None] = {}
         for name in (name for name in record.last if name not in PROGRESS_KEYS):
             metrics.append(name)
             values |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}

@@ -116,7 +116,8 @@ class RunDirectory:
     def load_functions(self) -> tuple[bytes | None, bytes | None]:
         """Return the pickled `build_task` and training function, None for what the sweep has not."""
         task, function = (
-            path.read_bytes() if path.is_file() else None for path in (self.task_path, self.train_function_path)
+            path.read_bytes() if path.is_file() else None
+            for path in (self.task_path, self.train_function_path)
         )
         return task, function
 

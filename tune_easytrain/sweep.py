@@ -82,7 +82,8 @@ def run(
         check_resources(config.trial)
         directory = _create(config, task, function, num_points)
         say_lines(
-            console, [f"Run directory: {directory.path}", f"If interrupted: tune-easytrain resume {directory.path}"]
+            console,
+            [f"Run directory: {directory.path}", f"If interrupted: tune-easytrain resume {directory.path}"],
         )
         _fit(config, directory, num_points, console)
     return SweepResults(directory)
@@ -107,9 +108,7 @@ def _display(config: SweepConfig, directory: RunDirectory, console: Console) -> 
     return Progress(console, config.run.metric, keys, _records(directory).values())
 
 
-def _create(
-    config: SweepConfig, task: bytes | None, function: bytes | None, num_points: int
-) -> RunDirectory:
+def _create(config: SweepConfig, task: bytes | None, function: bytes | None, num_points: int) -> RunDirectory:
     """Make the run directory, with an event file for every trial there will be."""
     directory = RunDirectory.create(config.run.storage, config.name)
     directory.save_sweep(config.resolved())

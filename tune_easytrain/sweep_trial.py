@@ -41,7 +41,7 @@ class SweepShared:
     ended: Mapping[str, Mapping[str, float]]
 
 
-class SweepTrial(tune.Trainable):  # type: ignore[misc]
+class SweepTrial(tune.Trainable):
     """Runs one trial after another; each step is one report of the trial's training function."""
 
     def setup(self, config: dict[str, Any], shared: SweepShared | None = None) -> None:

@@ -62,8 +62,10 @@ def load_function(name: str, *, key: str, project_root: Path, sweep_dir: Path) -
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise TaskError(f"{key}: {name!r}: {place} has no function {function_name!r}; {did_you_mean(function_name, names)}")
-    return function
+        remedy = did_you_mean(function_name, names)
+        raise TaskError(f"{key}: {name!r}: {place} has no function {function_name!r}; {remedy}")
+    loaded: Callable[..., Any] = function
+    return loaded
 
 
 def pickle_function(function: Callable[..., Any], key: str) -> bytes:
@@ -80,8 +82,8 @@ def pickle_function(function: Callable[..., Any], key: str) -> bytes:
         payload: bytes = cloudpickle.dumps(function)
     except Exception as error:
         raise TaskError(
-            f"{key}: {function!r} cannot be sent to a worker: {type(error).__name__}: {error}; keep open files, "
-            "locks and data sets out of the module's globals and build them inside the task's functions"
+            f"{key}: {function!r} cannot be sent to a worker: {type(error).__name__}: {error}; keep open "
+            "files, locks and data sets out of the module's globals; build them inside the task's functions"
         ) from error
     finally:
         if module is not None and by_value:
@@ -94,7 +96,9 @@ def _find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Pat
     if path.is_absolute():
         candidates = [path]
     else:
-        within = [p for p in (sweep_dir, *sweep_dir.parents) if p == project_root or project_root in p.parents]
+        within = [
+            p for p in (sweep_dir, *sweep_dir.parents) if p == project_root or project_root in p.parents
+        ]
         candidates = [folder / path for folder in dict.fromkeys([*within, project_root])]
     for candidate in candidates:
         if candidate.is_file():

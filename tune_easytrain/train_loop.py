@@ -89,7 +89,9 @@ class _Run:
         seed_everything(self.settings.seed)
         self.model: nn.Module = task.model().to(self.device)
         self.optimizer: Optimizer = task.optimizer(self.model)
-        self.scheduler: LRScheduler | None = None if task.scheduler is None else task.scheduler(self.optimizer)
+        self.scheduler: LRScheduler | None = (
+            None if task.scheduler is None else task.scheduler(self.optimizer)
+        )
         self.train_loader = self._loader(task.train_data())
         self.val_loader = None if task.val_data is None else self._loader(task.val_data())
         self.progress = Progress()
@@ -131,7 +133,8 @@ class _Run:
         if progress.epoch >= self.settings.epochs:
             return f"all {self.settings.epochs} epochs done"
         if patience is not None and progress.epoch - progress.best_epoch >= patience:
-            return f"{self.settings.metric} no better for {patience} epochs (best in epoch {progress.best_epoch})"
+            metric, best_epoch = self.settings.metric, progress.best_epoch
+            return f"{metric} no better for {patience} epochs (best in epoch {best_epoch})"
         return ""
 
     def _train_epoch(self) -> EpochResult:
@@ -174,7 +177,10 @@ class _Run:
                         metric.update(prediction, target)
         loss = float(loss_sum) / weight_sum if weight_sum else math.nan
         self._require_finite("validation loss", loss)
-        return {"val_loss": loss, **{f"val_{name}": _scalar(name, m.compute()) for name, m in metrics.items()}}
+        return {
+            "val_loss": loss,
+            **{f"val_{name}": _scalar(name, m.compute()) for name, m in metrics.items()},
+        }
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with autocast(self.device, self.settings.precision):

@@ -89,7 +89,11 @@ def search_start(settings: TrialSettings, opened: Opened) -> tuple[int | None, S
 def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) -> Planned:
     """Return the batch plan that training gets, as an event."""
     effective, warning = settings.effective_batch_size, ""
-    if effective is not None and opened.num_train_samples is not None and opened.num_train_samples < effective:
+    if (
+        effective is not None
+        and opened.num_train_samples is not None
+        and opened.num_train_samples < effective
+    ):
         warning = (
             f"the training set has only {opened.num_train_samples} samples, fewer than the effective batch "
             f"size {effective}: every optimizer step sees all of them"

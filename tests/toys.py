@@ -13,6 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from tune_easytrain import Task, UnknownNameError
+from tune_easytrain.protocol import Opening
+from tune_easytrain.settings import TrialSettings
+from tune_easytrain.task_source import pickle_function
 
 WIDTHS = {"small": 8, "medium": 16, "large": 32}
 NUM_FEATURES = 16
@@ -43,7 +46,7 @@ def build_task(config: dict[str, Any]) -> Task:
         ),
         loss=loss,
         optimizer=lambda model: torch.optim.Adam(
-            model.parameters(), lr=config["hp"].get("learning_rate", 0.01)
+            model.parameters(), lr=config.get("hp", {}).get("learning_rate", 0.01)
         ),
         train_data=lambda: make_data(num_samples),
         val_data=lambda: make_data(12, seed=1),
@@ -105,4 +108,52 @@ def build_hungry_task(config: dict[str, Any]) -> Task:
         loss=lambda model, batch: model(batch).mean(),
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),
         train_data=lambda: Ones(config.get("num_samples", 64)),
+    )
+
+
+def make_settings(**changes: Any) -> TrialSettings:
+    """The settings of a small trial, as a sweep file would have filled them in."""
+    values: dict[str, Any] = {
+        "effective_batch_size": 8,
+        "microbatch_limit": None,
+        "memory_fraction": 0.9,
+        "memory_budget_bytes": 2**30,
+        "probe": "auto",
+        "search": "confirm",
+        "start": None,
+        "probe_timeout_seconds": 60.0,
+        "epochs": 2,
+        "patience": None,
+        "clip_norm": None,
+        "seed": 0,
+        "precision": "fp32",
+        "loader_workers": 0,
+        "metric": "train_loss",
+        "mode": "min",
+    }
+    return TrialSettings(**{**values, **changes})
+
+
+def make_config(**changes: Any) -> dict[str, Any]:
+    """A trial's config for `build_task`."""
+    return {"model": {"type": "small"}, "hp": {}, **changes}
+
+
+def make_opening(build: Any, scratch_dir: os.PathLike[str] | str, **changes: Any) -> Opening:
+    """What a child process is told of a trial on this machine's CPU; settings by their own names."""
+    own = {"config", "checkpoint_path", "budget_bytes", "function_payload", "device"}
+    settings = make_settings(**{key: value for key, value in changes.items() if key not in own})
+    values: dict[str, Any] = {
+        "config": make_config(),
+        "function_payload": None,
+        "device": "cpu",
+        **{key: value for key, value in changes.items() if key in own},
+    }
+    return Opening(
+        task_payload=None if build is None else pickle_function(build, "task"),
+        settings=settings,
+        device_share=1.0,
+        num_threads=1,
+        scratch_dir=str(scratch_dir),
+        **values,
     )

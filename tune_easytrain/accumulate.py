@@ -67,13 +67,13 @@ def accumulate_gradients(
         num_samples = count_samples(batch)
         share = float(num_samples if weight is None else weight(batch))
         sizes.append(num_samples)
-        if share == 0:
-            continue
-        weighted = loss(model, batch) * share
-        weighted.backward()  # type: ignore[no-untyped-call]
-        # Sums stay on the device: reading each one would wait for the device after every micro-batch.
-        total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
-        total_weight += share
+        if share:
+            weighted = loss(model, batch) * share
+            weighted.backward()  # type: ignore[no-untyped-call]
+            # Sums stay on the device: reading each one would wait for the device after every micro-batch.
+            total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
+            total_weight += share
+        del batch  # before the next is read: two at once are more than the probe has tried
     if total_loss is None:
         raise ValueError("a window without a single sample has no gradient")
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

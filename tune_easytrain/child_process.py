@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +24,8 @@ import cloudpickle
 
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
 
-_PRELOADED_MODULES = ["torch", "torchvision", "torchmetrics", "tune_easytrain.device_session"]
+_PRELOADED_MODULES = ("torch", "tune_easytrain.device_session")
+_SLOW_MODULES = ("torchvision", "torchmetrics", "transformers", "timm", "av", "pandas")
 
 # Freed blocks go back to the system at once: a cap on a CPU is useless while malloc hoards them.
 _MALLOC_ENVIRONMENT = {
@@ -38,6 +39,11 @@ _FORWARDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1
 _KILL_WAIT_SECONDS = 10.0
 _main_module_lock = threading.Lock()
+
+
+def slow_modules_in_use() -> tuple[str, ...]:
+    """Return the modules, slow to import, that this process has loaded: the sweep's children need them too."""
+    return tuple(name for name in _SLOW_MODULES if name in sys.modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +82,15 @@ class ChildProcess:
     Raises ChildDiedError wherever the child turns out to be gone.
     """
 
-    def __init__(self, opening: Any) -> None:
-        """Start a child that serves the device session described by `opening`."""
+    def __init__(self, opening: Any, preloaded_modules: Sequence[str] = ()) -> None:
+        """Start a child that serves the device session described by `opening`.
+
+        The first child of this process starts the forkserver, which imports torch and what
+        `preloaded_modules` names; the later ones find it there.
+        """
         os.environ.update(_MALLOC_ENVIRONMENT)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED_MODULES)
+        context.set_forkserver_preload([*_PRELOADED_MODULES, *preloaded_modules])
         self._connection, theirs = context.Pipe()
         environment = {name: os.environ.get(name) for name in _FORWARDED_VARIABLES}
         self._process = context.Process(

@@ -6,6 +6,7 @@ import os
 import tempfile
 from typing import Any, Literal
 
+from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.probe import ProbeResult, Search, find_largest
 from tune_easytrain.protocol import Opening
 from tune_easytrain.settings import TrialSettings
@@ -60,7 +61,8 @@ def find_microbatch(
                 device_share=1.0,
                 num_threads=len(os.sched_getaffinity(0)),
                 scratch_dir=scratch_dir,
-            )
+            ),
+            slow_modules_in_use(),
         )
         try:
             opened = children.open()

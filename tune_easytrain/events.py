@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +118,16 @@ def append_events(path: Path, events: Iterable[Event]) -> None:
     """Add events to a trial's file; a half-written last line of a killed driver is closed first."""
     text = "".join(f"{event.to_json()}\n" for event in events)
     with path.open("a+b") as file:
-        if file.seek(0, 2) and (file.seek(-1, 2) or file.read(1) != b"\n"):
-            text = "\n" + text
+        if not _ends_in_newline(file):
+            text = f"\n{text}"
         file.write(text.encode())
+
+
+def _ends_in_newline(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def load_events(path: Path) -> Iterator[Event]:

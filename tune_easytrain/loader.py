@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -101,9 +102,10 @@ class EpochLoader:
             collate_fn=self._task.collate,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_lift_memory_cap if self._num_workers else None,
+            generator=torch.Generator(),  # of its own: the global one is the model's
         )
-        for batch in loader:
-            yield move_batch(batch, self._device)
+        # A generator's loop would keep hold of a batch until it has the next one.
+        return map(partial(move_batch, device=self._device), loader)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:

@@ -55,7 +55,7 @@ class Bound(StrEnum):
     """What kept the result from being larger."""
 
     LIMIT = "limit"
-    """It is the limit that was given."""
+    """It is the limit that was given, or so near it that the limit was not worth another try."""
     MEMORY = "memory"
     """The next size worth trying failed."""
     PROPOSAL = "proposal"
@@ -166,8 +166,8 @@ def _bound(attempts: Sequence[Attempt], best: int, limit: int, start: int | None
     )
     if with_more_tries is not None:
         return Bound.ATTEMPTS
-    if all(a.outcome is Outcome.FITS for a in attempts) and search == "confirm":
-        return Bound.PROPOSAL
+    if all(a.outcome is Outcome.FITS for a in attempts):
+        return Bound.PROPOSAL if search == "confirm" else Bound.LIMIT
     return Bound.MEMORY
 
 

@@ -10,6 +10,7 @@ from ray import tune
 from ray.util.queue import Queue
 from rich.console import Console
 
+from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.cluster import check_resources, placement, ray_session, resource_bundle
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.events import Created
@@ -160,6 +161,7 @@ def _trainable(
         mode=config.run.mode,
         events=events,
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
+        preloaded_modules=slow_modules_in_use(),
     )
     return tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
 

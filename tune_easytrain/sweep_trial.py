@@ -39,6 +39,7 @@ class SweepShared:
     mode: Literal["min", "max"]
     events: Queue
     ended: Mapping[str, Mapping[str, float]]
+    preloaded_modules: tuple[str, ...]
 
 
 class SweepTrial(tune.Trainable):
@@ -129,6 +130,7 @@ class SweepTrial(tune.Trainable):
             device_share=share,
             num_threads=max(1, int(cpu)),
             checkpoint_path=str(self._checkpoint) if self._is_resumed else None,
+            preloaded_modules=shared.preloaded_modules,
         )
 
 

@@ -25,7 +25,7 @@ class TrialSpec:
     """One trial as it was placed: its config, its code, and its share of the machine.
 
     `device` is `cuda` or `cpu`, `device_share` the trial's share of that device's memory, `num_threads`
-    torch's threads on the CPU.
+    torch's threads on the CPU. `preloaded_modules` are imported once for all children of this process.
     """
 
     config: dict[str, Any]
@@ -36,6 +36,7 @@ class TrialSpec:
     device_share: float
     num_threads: int
     checkpoint_path: str | None = None
+    preloaded_modules: tuple[str, ...] = ()
 
 
 def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
@@ -49,7 +50,7 @@ def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
     """
     emit(Started(config=spec.config, resumed=spec.checkpoint_path is not None))
     scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
-    children = TrialChildren(_opening(spec, scratch_dir))
+    children = TrialChildren(_opening(spec, scratch_dir), spec.preloaded_modules)
     try:
         opened = children.open()
         require_metric(spec.settings.metric, opened.metric_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tune_easytrain.child_process import ChildProcess
@@ -19,14 +20,15 @@ class TrialChildren:
     back where it was goes on to train.
     """
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Opening, preloaded_modules: Sequence[str] = ()) -> None:
         self._opening = opening
+        self._preloaded_modules = preloaded_modules
         self._child: ChildProcess | None = None
         self._has_tried = False
 
     def open(self) -> Opened:
         """Start a child; every later one is held to the first one's budget."""
-        self._child = ChildProcess(self._opening)
+        self._child = ChildProcess(self._opening, self._preloaded_modules)
         opened = self._child.receive()
         assert isinstance(opened, Opened)
         self._opening = replace(self._opening, budget_bytes=opened.budget_bytes)

@@ -86,7 +86,10 @@ class VideoFile:
         if not self._container.streams.video:
             raise CorruptVideoError(self.path, "holds no video stream")
         self._stream = stream = self._container.streams.video[0]
-        stream.codec_context.thread_count = 1  # loader workers are the parallelism
+        # One thread, here and for the conversion to RGB: loader workers are the parallelism, and what has
+        # threads of its own hangs a forked worker when Python's garbage collection frees it there.
+        stream.codec_context.thread_count = 1
+        self._reformatter = import_av().video.reformatter.VideoReformatter()
         rate = stream.average_rate or stream.guessed_rate
         if not rate or not stream.time_base:
             raise CorruptVideoError(self.path, "its header has no frame rate")
@@ -139,10 +142,9 @@ class VideoFile:
         return torch.stack([pictures[index] for index in wanted]).permute(0, 3, 1, 2)
 
     def _picture(self) -> Tensor:
-        stream = self._stream
-        return torch.from_numpy(
-            self._frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-        )
+        size = {"width": self._stream.width, "height": self._stream.height}
+        rgb = self._reformatter.reformat(self._frame, format="rgb24", threads=1, **size)
+        return torch.from_numpy(rgb.to_ndarray())
 
     def _advance(self, index: int) -> None:
         """Make frame `index`, or the last one before the file ends, the current frame."""

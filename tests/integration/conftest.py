@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+TOYS = Path(__file__).parents[1] / "toys.py"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray of this machine for all sweeps of the session; each sweep uses the connection it finds."""
+    from tune_easytrain.cluster import ray_session
+
+    with ray_session("local"):
+        yield
+
+
+@pytest.fixture
+def toy_sweep(tmp_path: Path) -> dict[str, Any]:
+    """Two models at the same effective batch size, reached in several micro-batches."""
+    return {
+        "name": "toy",
+        "task": f"{TOYS}:build_task",
+        "config": {"data": {"num_samples": 37}},
+        "grid_search": {"grid": {"model.type": ["small", "large"], "hp.batch_size": [4, 7]}},
+        "batch": {"effective_batch_size": 10, "memory_budget": "512MiB"},
+        "train": {"epochs": 2},
+        "run": {
+            "metric": "val_accuracy",
+            "mode": "max",
+            "storage": str(tmp_path / "runs"),
+            "max_concurrent": 1,
+        },
+    }

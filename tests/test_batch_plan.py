@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tune_easytrain.batch_plan import BatchPlan
+
+sizes = st.integers(1, 300)
+workers = st.integers(1, 9)
+
+
+def all_ranks(effective: int, limit: int, num_workers: int) -> list[BatchPlan]:
+    return [
+        BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank) for rank in range(num_workers)
+    ]
+
+
+@given(sizes, sizes, workers)
+def test_a_window_is_exact(effective: int, limit: int, num_workers: int) -> None:
+    plans = all_ranks(effective, limit, num_workers)
+    assert sum(sum(plan.microbatch_sizes) for plan in plans) == effective
+    for plan in plans:
+        assert 0 <= min(plan.microbatch_sizes)
+        assert max(plan.microbatch_sizes) <= limit
+        assert max(plan.microbatch_sizes) - min(plan.microbatch_sizes) <= 1
+        assert plan.num_samples == sum(plan.microbatch_sizes)
+    shares = [plan.num_samples for plan in plans]
+    assert max(shares) - min(shares) <= 1
+
+
+@given(sizes, sizes, workers)
+def test_steps_are_the_fewest_possible_and_the_same_on_every_rank(
+    effective: int, limit: int, num_workers: int
+) -> None:
+    plans = all_ranks(effective, limit, num_workers)
+    largest_share = max(plan.num_samples for plan in plans)
+    assert {plan.accumulation_steps for plan in plans} == {math.ceil(largest_share / limit)}
+
+
+@given(sizes, sizes, workers, st.integers(1, 2000))
+def test_the_windows_of_an_epoch_cover_it_exactly(
+    effective: int, limit: int, num_workers: int, num_samples: int
+) -> None:
+    ranks = [list(plan.windows(num_samples)) for plan in all_ranks(effective, limit, num_workers)]
+    assert {len(windows) for windows in ranks} == {math.ceil(num_samples / effective)}
+    totals = [sum(plan.num_samples for plan in window) for window in zip(*ranks, strict=True)]
+    assert totals[:-1] == [effective] * (len(totals) - 1)
+    assert sum(totals) == num_samples
+    for window in zip(*ranks, strict=True):
+        assert len({plan.accumulation_steps for plan in window}) == 1
+
+
+@given(sizes, sizes, workers)
+def test_the_ranks_shares_tile_the_window(effective: int, limit: int, num_workers: int) -> None:
+    taken = [
+        position
+        for plan in all_ranks(effective, limit, num_workers)
+        for position in range(plan.window_offset(), plan.window_offset() + plan.num_samples)
+    ]
+    assert taken == list(range(effective))
+
+
+@pytest.mark.parametrize(
+    ("effective", "limit", "num_workers", "rank", "expected"),
+    [
+        (128, 128, 1, 0, (128,)),
+        (100, 24, 1, 0, (20,) * 5),
+        (10, 4, 1, 0, (4, 3, 3)),
+        (3, 1, 2, 0, (1, 1)),
+        (3, 1, 2, 1, (1, 0)),
+        (2, 8, 3, 2, (0,)),
+    ],
+)
+def test_known_plans(effective: int, limit: int, num_workers: int, rank: int, expected: tuple[int]) -> None:
+    plan = BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank)
+    assert plan.microbatch_sizes == expected
+    assert plan.microbatch_size == max(expected)
+
+
+def test_a_full_window_keeps_its_plan_and_a_short_one_its_limit() -> None:
+    plan = BatchPlan.build(10, 4)
+    assert plan.for_window(10) is plan
+    assert plan.for_window(7).microbatch_sizes == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"effective_batch_size": 0}, "effective_batch_size must be at least 1, got 0"),
+        ({"microbatch_limit": -1}, "microbatch_limit must be at least 1, got -1"),
+        ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
+        ({"rank": 2}, "rank must be from 0 to 1, got 2"),
+        ({"rank": -1}, "rank must be from 0 to 1, got -1"),
+    ],
+)
+def test_impossible_plans_are_refused_by_name(arguments: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        BatchPlan.build(**{"effective_batch_size": 8, "microbatch_limit": 4, "num_workers": 2, **arguments})

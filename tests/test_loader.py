@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import random
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tune_easytrain import BatchPlan, Task
+from tune_easytrain.loader import EpochLoader, epoch_order
+
+CPU = torch.device("cpu")
+
+
+class Ids(Dataset[Tensor]):
+    """Sample i is the number i; `read` lists what has been read."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read.append(index)
+        return torch.tensor(index)
+
+
+class Augmented(Dataset[Tensor]):
+    """Sample i with one random number of each generator a data set may draw from."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = [random.random(), float(torch.rand(())), float(np.random.random())]
+        return torch.tensor([float(index), *noise], dtype=torch.float64)
+
+
+def make_loader(data: Any, *, seed: int = 0, num_workers: int = 0, **changes: Any) -> EpochLoader:
+    task = Task(
+        model=lambda: nn.Linear(1, 1),
+        loss=lambda model, batch: batch.sum(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters()),
+        train_data=lambda: data,
+        **changes,
+    )
+    return EpochLoader(task, data, CPU, seed=seed, num_workers=num_workers)
+
+
+def read_epoch(loader: EpochLoader, plan: BatchPlan, epoch: int = 0) -> list[list[Tensor]]:
+    return [list(microbatches) for _, microbatches in loader.windows(plan, epoch)]
+
+
+sizes = st.integers(1, 60)
+
+
+@given(num_samples=sizes, effective=sizes, limit=sizes, num_workers=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_every_sample_comes_exactly_once_over_all_workers(
+    num_samples: int, effective: int, limit: int, num_workers: int, epoch: int
+) -> None:
+    ids: list[int] = []
+    for rank in range(num_workers):
+        plan = BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank)
+        for window in read_epoch(make_loader(Ids(num_samples)), plan, epoch):
+            for batch in window:
+                assert 1 <= len(batch) <= limit
+                ids += batch.tolist()
+    assert sorted(ids) == list(range(num_samples))
+
+
+@given(num_samples=sizes, effective=sizes, limit=sizes, other=sizes, num_workers=st.integers(1, 4))
+def test_a_window_holds_the_same_samples_however_it_is_split(
+    num_samples: int, effective: int, limit: int, other: int, num_workers: int
+) -> None:
+    def windows(limit: int, num_workers: int) -> list[list[int]]:
+        ranks = [
+            read_epoch(
+                make_loader(Ids(num_samples)),
+                BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank),
+            )
+            for rank in range(num_workers)
+        ]
+        return [
+            [i for part in parts for batch in part for i in batch.tolist()] for parts in zip(*ranks, strict=True)
+        ]
+
+    assert windows(limit, num_workers) == windows(other, 1)
+
+
+def test_each_window_comes_with_its_own_plan() -> None:
+    windows = [
+        (window.effective_batch_size, [len(batch) for batch in microbatches])
+        for window, microbatches in make_loader(Ids(27)).windows(BatchPlan.build(10, 4), 0)
+    ]
+    assert windows == [(10, [4, 3, 3]), (10, [4, 3, 3]), (7, [4, 3])]
+
+
+def test_the_order_is_a_permutation_of_seed_and_epoch_alone() -> None:
+    first = epoch_order(50, 3, 1)
+    torch.rand(7)
+    assert epoch_order(50, 3, 1) == first
+    assert sorted(first) == list(range(50))
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def samples_by_id(loader: EpochLoader, limit: int = 4, epoch: int = 0) -> dict[int, list[float]]:
+    batches = [batch for window in read_epoch(loader, BatchPlan.build(6, limit), epoch) for batch in window]
+    return {int(sample[0]): sample[1:].tolist() for sample in torch.cat(batches)}
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
+    expected = samples_by_id(make_loader(Augmented()))
+    assert samples_by_id(make_loader(Augmented())) == expected
+    assert samples_by_id(make_loader(Augmented()), limit=1) == expected
+    assert samples_by_id(make_loader(Augmented()), limit=5) == expected
+    assert len({tuple(noise) for noise in expected.values()}) == 12
+    for other in (samples_by_id(make_loader(Augmented()), epoch=1), samples_by_id(make_loader(Augmented(), seed=1))):
+        assert all(
+            mine != theirs for i in expected for mine, theirs in zip(expected[i], other[i], strict=True)
+        )
+
+
+def test_loader_processes_give_the_same_samples_in_the_same_order() -> None:
+    plan = BatchPlan.build(5, 2)
+    alone = read_epoch(make_loader(Augmented()), plan)
+    helped = read_epoch(make_loader(Augmented(), num_workers=2), plan)
+    assert [[b.tolist() for b in window] for window in helped] == [[b.tolist() for b in window] for window in alone]
+
+
+def draw() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.random())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_models_randomness_is_left_as_it_was(num_workers: int) -> None:
+    def seed() -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+
+    seed()
+    expected = draw()
+    seed()
+    read_epoch(make_loader(Augmented(), num_workers=num_workers), BatchPlan.build(6, 4))
+    assert draw() == expected
+
+
+def test_microbatches_are_read_only_when_asked_for() -> None:
+    data = Ids(20)
+    for window, microbatches in make_loader(data).windows(BatchPlan.build(10, 4), 0):
+        before = len(data.read)
+        for size, batch in zip(window.microbatch_sizes, microbatches, strict=True):
+            before += size
+            assert len(batch) == size
+            assert len(data.read) == before
+
+
+def test_the_loader_keeps_no_hold_of_a_microbatch() -> None:
+    _, microbatches = next(make_loader(Ids(8)).windows(BatchPlan.build(8, 2), 0))
+    assert weakref.ref(next(microbatches))() is None
+
+
+def test_validation_reads_everything_in_its_own_order_the_same_way_every_time() -> None:
+    loader = make_loader(Augmented())
+    first = list(loader.in_order(5))
+    assert [len(batch) for batch in first] == [5, 5, 2]
+    assert torch.cat(first)[:, 0].tolist() == list(range(12))
+    assert torch.cat(list(loader.in_order(3))).equal(torch.cat(first))
+
+
+def test_the_tasks_own_collate_is_used() -> None:
+    loader = make_loader(Ids(3), collate=lambda samples: {"ids": torch.stack(samples)})
+    assert [batch["ids"].tolist() for batch in loader.in_order(2)] == [[0, 1], [2]]

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import random
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tune_easytrain import Task
+from tune_easytrain.memory import CpuMemory, DeviceMemory
+from tune_easytrain.probe import Attempt, Outcome
+from tune_easytrain.probe_attempt import run_attempt, worst_case_batch
+
+CPU = torch.device("cpu")
+
+
+class Recording:
+    """A task that writes down what is done with it: what was called, with how many samples, and how."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.models: list[nn.Module] = []
+        self.task = Task(
+            **{
+                "model": self.model,
+                "loss": self.loss,
+                "optimizer": self.optimizer,
+                "train_data": lambda: [torch.zeros(4) for _ in range(20)],
+                "predict": lambda model, batch: self.passed("predict", model, batch),
+                "generate": lambda model, batch: self.passed("generate", model, batch),
+                **changes,
+            }
+        )
+
+    def model(self) -> nn.Module:
+        self.models.append(nn.Linear(4, 1))
+        return self.models[-1]
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        self.passed("loss", model, batch)
+        return model(batch).square().mean() + torch.rand(()) * 0
+
+    def passed(self, name: str, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        resident = all(p.grad is not None for p in model.parameters())
+        mode = "train" if model.training else "eval"
+        self.calls.append((name, mode, len(batch), torch.is_grad_enabled(), resident))
+        return batch, batch
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(model.parameters())
+        optimizer.register_step_post_hook(lambda *_: self.calls.append(("step",)))
+        return optimizer
+
+
+def attempt(task: Task, size: int = 6, memory: DeviceMemory | None = None, **options: Any) -> Attempt:
+    return run_attempt(task, size, device=CPU, memory=memory or CpuMemory(), **options)
+
+
+def test_everything_that_training_will_do_is_done_once() -> None:
+    recording = Recording()
+    result = attempt(recording.task)
+    assert recording.calls == [
+        ("loss", "train", 2, True, False),
+        ("step",),
+        ("loss", "train", 2, True, False),
+        ("loss", "train", 6, True, True),  # the full size, on top of resident gradients and optimizer state
+        ("step",),
+        ("loss", "eval", 6, False, False),
+        ("predict", "eval", 6, False, False),
+        ("generate", "eval", 6, False, False),
+    ]
+    assert (result.microbatch_size, result.outcome, result.message) == (6, Outcome.FITS, "")
+    assert result.peak_bytes is not None
+
+
+def test_a_single_sample_is_the_tiny_batch_too() -> None:
+    recording = Recording(predict=None, generate=None)
+    attempt(recording.task, 1)
+    assert {call[2] for call in recording.calls if call[0] == "loss"} == {1}
+
+
+def test_gradients_are_clipped_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
+    attempt(Recording().task, clip_norm=0.5)
+    assert norms == [0.5, 0.5]
+
+
+def test_bf16_runs_the_passes_in_bf16() -> None:
+    formats: list[torch.dtype] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        out = model(batch)
+        formats.append(out.dtype)
+        return out.mean()
+
+    attempt(Recording(loss=loss, predict=None).task, precision="bf16")
+    assert set(formats) == {torch.bfloat16}
+
+
+def test_the_model_is_a_new_one_each_time_and_does_not_outlive_the_attempt() -> None:
+    recording = Recording()
+    attempt(recording.task)
+    attempt(recording.task)
+    first, second = (weakref.ref(model) for model in recording.models)
+    assert first() is not second()
+    recording.models.clear()
+    assert (first(), second()) == (None, None)
+
+
+def draw() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.random())
+
+
+def seed() -> None:
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyError("bug")])
+def test_random_state_is_left_as_it_was(error: Exception | None) -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        draw()
+        if error is not None:
+            raise error
+        return model(batch).mean()
+
+    seed()
+    expected = draw()
+    seed()
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
+            attempt(Recording(loss=loss).task)
+    else:
+        attempt(Recording(loss=loss).task)
+    assert draw() == expected
+
+
+def test_a_memory_error_is_the_attempts_outcome() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if len(batch) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore lines")
+        return model(batch).mean()
+
+    result = attempt(Recording(loss=loss).task)
+    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert result.message == "CUDA out of memory. Tried to allocate 9 GiB"
+    assert not result.ran
+
+
+def test_a_memory_error_without_words_is_named_by_its_type() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        raise MemoryError
+
+    assert attempt(Recording(loss=loss).task).message == "MemoryError"
+
+
+@pytest.mark.parametrize("error", [KeyError("label"), ValueError("out of memory"), RuntimeError("shapes differ")])
+def test_a_bug_is_raised_as_it_is(error: Exception) -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        attempt(Recording(loss=loss).task)
+    assert caught.value is error
+
+
+def test_nothing_of_a_failed_pass_is_alive_when_memory_is_given_back() -> None:
+    activations: list[weakref.ref[Tensor]] = []
+    alive_at_release: list[int] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        hidden = model(batch)
+        activations.append(weakref.ref(hidden))
+        raise RuntimeError("out of memory")
+
+    class Watching(CpuMemory):
+        def release(self) -> None:
+            alive_at_release.append(sum(ref() is not None for ref in activations))
+
+    assert attempt(Recording(loss=loss).task, memory=Watching()).outcome is Outcome.OUT_OF_MEMORY
+    assert alive_at_release == [0, 0]
+    assert len(activations) == 1
+
+
+def test_an_allocator_that_had_to_flush_its_cache_is_told() -> None:
+    class Struggling(CpuMemory):
+        retries = 0
+
+        def num_retries(self) -> int:
+            self.retries += 1
+            return self.retries
+
+    result = attempt(Recording().task, memory=Struggling())
+    assert (result.outcome, result.ran) == (Outcome.ALLOCATOR_RETRIED, True)
+
+
+class Growing(Dataset[Tensor]):
+    """Sample i has i + 1 numbers; the ninth and later ones must not be read."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Tensor:
+        assert index < 8
+        return torch.full(((index * 5) % 8 + 1,), float(index))
+
+
+def test_the_default_worst_case_is_the_largest_of_the_first_eight_samples_repeated() -> None:
+    batch = worst_case_batch(Recording(train_data=Growing).task, 3)
+    assert batch.equal(torch.full((3, 8), 3.0))
+
+
+def test_the_tasks_own_worst_case_is_used_and_the_data_left_alone() -> None:
+    def no_data() -> Any:
+        raise AssertionError("the data set was opened")
+
+    recording = Recording(worst_case=lambda num_samples: torch.ones(num_samples, 4), train_data=no_data)
+    assert attempt(recording.task, 5).outcome is Outcome.FITS
+    assert {call[2] for call in recording.calls if call[0] == "loss"} == {2, 5}
+
+
+def test_the_tasks_own_collate_makes_the_batch() -> None:
+    task = Recording(collate=lambda samples: {"x": torch.stack(samples), "count": len(samples)}).task
+    batch = worst_case_batch(task, 3)
+    assert (batch["x"].shape, batch["count"]) == ((3, 4), 3)

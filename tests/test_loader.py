@@ -62,7 +62,9 @@ def read_epoch(loader: EpochLoader, plan: BatchPlan, epoch: int = 0) -> list[lis
 sizes = st.integers(1, 60)
 
 
-@given(num_samples=sizes, effective=sizes, limit=sizes, num_workers=st.integers(1, 4), epoch=st.integers(0, 3))
+@given(
+    num_samples=sizes, effective=sizes, limit=sizes, num_workers=st.integers(1, 4), epoch=st.integers(0, 3)
+)
 def test_every_sample_comes_exactly_once_over_all_workers(
     num_samples: int, effective: int, limit: int, num_workers: int, epoch: int
 ) -> None:
@@ -89,7 +91,8 @@ def test_a_window_holds_the_same_samples_however_it_is_split(
             for rank in range(num_workers)
         ]
         return [
-            [i for part in parts for batch in part for i in batch.tolist()] for parts in zip(*ranks, strict=True)
+            [i for part in parts for batch in part for i in batch.tolist()]
+            for parts in zip(*ranks, strict=True)
         ]
 
     assert windows(limit, num_workers) == windows(other, 1)
@@ -122,7 +125,10 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
     assert samples_by_id(make_loader(Augmented()), limit=1) == expected
     assert samples_by_id(make_loader(Augmented()), limit=5) == expected
     assert len({tuple(noise) for noise in expected.values()}) == 12
-    for other in (samples_by_id(make_loader(Augmented()), epoch=1), samples_by_id(make_loader(Augmented(), seed=1))):
+    for other in (
+        samples_by_id(make_loader(Augmented()), epoch=1),
+        samples_by_id(make_loader(Augmented(), seed=1)),
+    ):
         assert all(
             mine != theirs for i in expected for mine, theirs in zip(expected[i], other[i], strict=True)
         )
@@ -132,7 +138,9 @@ def test_loader_processes_give_the_same_samples_in_the_same_order() -> None:
     plan = BatchPlan.build(5, 2)
     alone = read_epoch(make_loader(Augmented()), plan)
     helped = read_epoch(make_loader(Augmented(), num_workers=2), plan)
-    assert [[b.tolist() for b in window] for window in helped] == [[b.tolist() for b in window] for window in alone]
+    assert [[b.tolist() for b in window] for window in helped] == [
+        [b.tolist() for b in window] for window in alone
+    ]
 
 
 def draw() -> tuple[float, float, float]:

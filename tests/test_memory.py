@@ -26,7 +26,9 @@ MIB = 2**20
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes"),
         RuntimeError("could not create a primitive"),
         RuntimeError("could not execute a primitive"),

@@ -160,7 +160,9 @@ def test_a_memory_error_without_words_is_named_by_its_type() -> None:
     assert attempt(Recording(loss=loss).task).message == "MemoryError"
 
 
-@pytest.mark.parametrize("error", [KeyError("label"), ValueError("out of memory"), RuntimeError("shapes differ")])
+@pytest.mark.parametrize(
+    "error", [KeyError("label"), ValueError("out of memory"), RuntimeError("shapes differ")]
+)
 def test_a_bug_is_raised_as_it_is(error: Exception) -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         raise error

@@ -46,8 +46,8 @@ def decode_all(path):
     pictures = []
     with av.open(str(path)) as container, contextlib.suppress(av.error.InvalidDataError):
         container.streams.video[0].codec_context.thread_count = 1
-        for frame in container.decode(video=0):
-            pictures.append(frame.reformat(format="rgb24", threads=1).to_ndarray())
+        frames = container.decode(video=0)
+        pictures.extend(frame.reformat(format="rgb24", threads=1).to_ndarray() for frame in frames)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +25,8 @@ import cloudpickle
 
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
 
-_PRELOADED_MODULES = ("torch", "tune_easytrain.device_session")
+# Every optimizer imports torch._dynamo: seconds, and after the cap also memory of the trial's budget.
+_PRELOADED_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
 _SLOW_MODULES = ("torchvision", "torchmetrics", "transformers", "timm", "av", "pandas")
 
 # Freed blocks go back to the system at once: a cap on a CPU is useless while malloc hoards them.
@@ -68,10 +70,14 @@ class RemoteError:
         return cls(payload, type(error).__name__, str(error), text)
 
     def exception(self) -> BaseException:
-        """Return the exception with its own type, the child's traceback added as a note."""
-        if self.payload is None:
+        """Return the exception with its own type, the child's traceback added as a note.
+
+        What could not be pickled comes as a TuneEasyTrainError, and so does what would end this process too,
+        such as the SystemExit of a task that calls `sys.exit`.
+        """
+        error = None if self.payload is None else cloudpickle.loads(self.payload)
+        if not isinstance(error, Exception):
             return TuneEasyTrainError(f"{self.type_name}: {self.message}\n{self.traceback}")
-        error: BaseException = cloudpickle.loads(self.payload)
         error.add_note(f"in the trial's process:\n{self.traceback}")
         return error
 
@@ -160,8 +166,11 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 def _child_main(connection: Connection, opening_payload: bytes, environment: dict[str, str | None]) -> None:
-    # The forkserver ends when its owner does; the kernel then ends this process, even inside a C call.
+    # The forkserver ends when its owner does; the kernel then ends this process, even inside a C call. It
+    # knows by a pipe whose other end each child inherits too, and which therefore has to be closed here.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides what Ctrl-C means
     for name, value in environment.items():
         if value is None:

@@ -37,13 +37,13 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
         yield
         return
     # What a sweep says is in its events and its table; Ray's own lines would bury it.
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Relative paths in a sweep file mean what they mean on the command line.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if working_dir is not None:
         options["runtime_env"] = {"working_dir": str(Path(working_dir).expanduser().resolve())}
     if address == "local":

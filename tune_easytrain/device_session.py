@@ -13,7 +13,7 @@ import torch
 from tune_easytrain import train_loop
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import OutOfMemoryInTrainingError, TaskError
-from tune_easytrain.memory import BudgetRequest, ErrorKind, classify_error, device_memory
+from tune_easytrain.memory import BudgetRequest, ErrorKind, classify_error, device_memory, headroom_bytes
 from tune_easytrain.probe import Attempt
 from tune_easytrain.probe_attempt import run_attempt
 from tune_easytrain.protocol import (
@@ -30,8 +30,9 @@ from tune_easytrain.random_state import kept_random_state
 from tune_easytrain.task import Task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
 
-_CLEAN_TOLERANCE_BYTES = 64 * 2**20
-"""What libraries keep for themselves after a pass: workspaces, handles, caches of compiled kernels."""
+_CLEAN_TOLERANCE = 0.5
+"""Share of the headroom that libraries may keep after an attempt (workspaces, handles, caches of kernels) in
+a child that goes on to train."""
 
 
 class DeviceSession:
@@ -55,7 +56,6 @@ class DeviceSession:
                 memory_budget_bytes=self._settings.memory_budget_bytes,
             )
         )
-        self.memory.cap(self.budget_bytes)
 
     def opened(self) -> Opened:
         """Describe the device, the budget and the data."""
@@ -70,6 +70,8 @@ class DeviceSession:
     def attempt(self, microbatch_size: int) -> AttemptReply:
         """Try one micro-batch size; bugs in the task are raised as they are."""
         assert self._task is not None, "an attempt needs a task"
+        headroom = headroom_bytes(self.budget_bytes)
+        self.memory.cap(self.budget_bytes - headroom)
         used_before = self.memory.used_bytes()
         attempt: Attempt = run_attempt(
             self._task,
@@ -80,7 +82,7 @@ class DeviceSession:
             clip_norm=self._settings.clip_norm,
         )
         kept_bytes = self.memory.used_bytes() - used_before
-        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= _CLEAN_TOLERANCE_BYTES)
+        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= _CLEAN_TOLERANCE * headroom)
 
     def train(self, microbatch_limit: int | None, send: Callable[[Report], None]) -> None:
         """Run the training function to its end; `send` takes each report.
@@ -91,6 +93,7 @@ class DeviceSession:
         if self._opening.function_payload is not None:
             function = cloudpickle.loads(self._opening.function_payload)
         checkpoint = self._opening.checkpoint_path
+        self.memory.cap(self.budget_bytes)
         self.memory.reset_peak()
         context = TrialContext(
             task=self._task,
@@ -109,7 +112,7 @@ class DeviceSession:
                 raise
             raise OutOfMemoryInTrainingError(
                 f"memory ran out in training with micro-batches of {microbatch_limit} samples: "
-                f"{str(error).splitlines()[0]}. Lower hp.batch_size or batch.memory_fraction, or set "
+                f"{(str(error) or type(error).__name__).splitlines()[0]}. Lower hp.batch_size or batch.memory_fraction, or set "
                 "batch.probe: auto where it is off"
             ) from error
 

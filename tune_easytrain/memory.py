@@ -16,6 +16,10 @@ import torch
 CUDA_RESERVE_BYTES = 256 * 2**20
 """Kept out of a GPU's budget: the context and library handles live outside torch's allocator."""
 
+_HEADROOM_FRACTION = 0.02
+_HEADROOM_BYTES = 64 * 2**20
+_LARGEST_HEADROOM_FRACTION = 0.1
+
 _MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
@@ -72,6 +76,15 @@ class BudgetRequest:
     memory_fraction: float = 0.9
     device_share: float = 1.0
     memory_budget_bytes: int | None = None
+
+
+def headroom_bytes(budget_bytes: int) -> int:
+    """Return how much of a budget the probe leaves free, in bytes, so that training does not end at its edge.
+
+    Training holds what an attempt does not: data on its way, libraries' caches, a more fragmented heap.
+    """
+    small = min(_HEADROOM_BYTES, int(_LARGEST_HEADROOM_FRACTION * budget_bytes))
+    return max(small, int(_HEADROOM_FRACTION * budget_bytes))
 
 
 class DeviceMemory(Protocol):
@@ -165,7 +178,10 @@ class CpuMemory:
     """
 
     def __init__(self) -> None:
+        # Threads' stacks count as data: have torch start its threads first.
+        torch.ones(1 << 20).sum()
         self._baseline_resident_bytes = _status_bytes("VmRSS")
+        self._baseline_data_bytes = _status_bytes("VmData")
         self._hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
 
     def budget_bytes(self, request: BudgetRequest) -> int:
@@ -174,10 +190,8 @@ class CpuMemory:
         return _within(request, int(request.memory_fraction * request.device_share * total))
 
     def cap(self, budget_bytes: int) -> None:
-        """Let the process map `budget_bytes` more than it has now."""
-        # Threads' stacks count as data: have torch start its threads before the limit is set.
-        torch.ones(1 << 20).sum()
-        limit = _status_bytes("VmData") + budget_bytes
+        """Let the process map `budget_bytes` more than it had when the meter was made."""
+        limit = self._baseline_data_bytes + budget_bytes
         if self._hard_limit != resource.RLIM_INFINITY:
             limit = min(limit, self._hard_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, self._hard_limit))

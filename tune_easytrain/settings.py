@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,7 +80,9 @@ class TrialSettings:
         )
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether a metric's value beats the best one so far (None: there is none yet)."""
+        """Return whether a metric's value beats the best one so far (None: there is none yet); NaN never does."""
+        if math.isnan(value):
+            return False
         if best is None:
             return True
         return value < best if self.mode == "min" else value > best

@@ -154,17 +154,19 @@ def probed_event(
 
 def _train(child: ChildProcess, limit: int | None, metric: str, emit: Emit) -> Iterator[Report]:
     child.send(TrainRequest(limit))
-    num_reports = 0
+    num_reports, has_ended = 0, False
     while True:
         message = child.receive()
         if isinstance(message, Finished):
-            emit(TrainingEnded(reason="the training function returned"))
+            if not has_ended:
+                emit(TrainingEnded(reason="the training function returned"))
             return
         num_reports += 1
         report = replace(message, metrics={"epoch": num_reports, **message.metrics})
         require_metric(metric, report.metrics)
         emit(Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes))
         if report.is_final:
+            has_ended = True
             emit(TrainingEnded(reason=report.reason))
         yield report
         child.send(Continue())

@@ -112,8 +112,10 @@ class VideoFile:
         if stream.frames > 0:
             return int(stream.frames)
         if stream.duration:
-            return max(round(stream.duration * stream.time_base * rate), 0)
-        return max(round((container.duration or 0) * rate / 1_000_000), 0)
+            claimed: int = round(stream.duration * stream.time_base * rate)
+        else:
+            claimed = round((container.duration or 0) * rate / 1_000_000)
+        return max(claimed, 0)
 
     def _count_frames(self) -> int:
         while self._step():

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import build_hungry_task, build_task, make_config, make_opening
+from torch import nn
+
+from tune_easytrain import NotEnoughMemoryError, ProbeResult, Task, find_microbatch
+from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.probe import Bound, Outcome
+from tune_easytrain.trial_children import TrialChildren
+
+MIB = 2**20
+THREE_FIT = 150 * MIB  # a sample of the hungry task takes about 40 MiB at the peak of its backward pass
+
+
+def probe(**options: Any) -> ProbeResult:
+    return find_microbatch(build_hungry_task, {}, device="cpu", **options)
+
+
+def tried(result: ProbeResult) -> list[tuple[int, Outcome]]:
+    return [(attempt.microbatch_size, attempt.outcome) for attempt in result.attempts]
+
+
+def test_growing_stops_at_the_real_edge_of_memory() -> None:
+    result = probe(limit=64, start=2, search="grow", budget_bytes=THREE_FIT)
+    assert tried(result) == [(2, Outcome.FITS), (3, Outcome.FITS), (4, Outcome.OUT_OF_MEMORY)]
+    assert (result.microbatch_size, result.bounded_by) == (3, Bound.MEMORY)
+    assert result.budget_bytes == THREE_FIT
+    first, second, failed = result.attempts
+    assert first.peak_bytes is not None
+    assert second.peak_bytes is not None
+    assert 2 * 16 * MIB < first.peak_bytes < second.peak_bytes <= THREE_FIT
+    assert "allocate" in failed.message
+
+
+def test_confirming_a_size_that_does_not_fit_goes_on_below_it() -> None:
+    result = probe(limit=6, budget_bytes=THREE_FIT)
+    assert tried(result) == [(6, Outcome.OUT_OF_MEMORY), (3, Outcome.FITS), (4, Outcome.OUT_OF_MEMORY)]
+    assert result.microbatch_size == 3
+
+
+def test_not_even_one_sample_fits() -> None:
+    with pytest.raises(NotEnoughMemoryError, match=r"not even one sample fits into 24\.0 MiB") as caught:
+        probe(limit=2, budget_bytes=24 * MIB)
+    assert str(caught.value).count("out of memory") == 2
+
+
+def test_the_data_set_is_a_limit_too() -> None:
+    result = find_microbatch(
+        build_task, make_config(data={"num_samples": 5}), limit=64, device="cpu", budget_bytes=2**30
+    )
+    assert (tried(result), result.bounded_by) == ([(5, Outcome.FITS)], Bound.LIMIT)
+
+
+def test_a_bug_in_the_task_keeps_its_type() -> None:
+    with pytest.raises(KeyError, match="a bug in the task"):
+        find_microbatch(build_task, make_config(toy={"fault": "bug"}), limit=4, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["limit", "start", "budget_bytes"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        probe(**{"limit": 4, name: 0})
+
+
+def build_delicate_task(config: dict[str, Any]) -> Task:
+    """Does to its process what the config says for the size at hand."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        match config["at"].get(len(batch)):
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(3600)
+        return model(batch).mean()
+
+    return Task(
+        model=lambda: nn.Linear(1, 1),
+        loss=loss,
+        optimizer=lambda model: torch.optim.SGD(model.parameters()),
+        train_data=lambda: [torch.zeros(1)] * 64,
+    )
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Callable[..., TrialChildren]]:
+    started: list[TrialChildren] = []
+
+    def start(**at: str) -> TrialChildren:
+        config = {"at": {int(size.removeprefix("m")): fault for size, fault in at.items()}}
+        started.append(
+            TrialChildren(make_opening(build_delicate_task, tmp_path, config=config), slow_modules_in_use())
+        )
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def test_a_child_that_is_killed_or_hangs_is_a_failed_attempt_and_the_next_one_runs(
+    children: Callable[..., TrialChildren],
+) -> None:
+    trial = children(m32="kill", m16="hang")
+    killed, hung, fine = (trial.attempt(size, timeout_seconds=3.0) for size in (32, 16, 8))
+    assert (killed.outcome, killed.peak_bytes) == (Outcome.DIED, None)
+    assert "SIGKILL" in killed.message
+    assert (hung.outcome, hung.peak_bytes) == (Outcome.TIMED_OUT, None)
+    assert (fine.microbatch_size, fine.outcome) == (8, Outcome.FITS)
+
+
+def test_every_child_of_a_trial_is_held_to_the_first_ones_budget(
+    children: Callable[..., TrialChildren],
+) -> None:
+    trial = children()
+    first = trial.open()
+    trial.kill()
+    assert trial.open().budget_bytes == first.budget_bytes

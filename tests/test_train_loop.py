@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from toys import make_opening, make_settings
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext
+from tune_easytrain.device_session import DeviceSession
+from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.memory import CpuMemory
+from tune_easytrain.protocol import Report
+from tune_easytrain.task_source import pickle_function
+from tune_easytrain.train_loop import metric_names, train
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Driven:
+    """What a training run reported, and a copy of each checkpoint."""
+
+    reports: list[Report] = field(default_factory=list)
+    checkpoints: list[Path] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return torch.load(self.checkpoints[-1], weights_only=True)["model"]
+
+    @property
+    def last(self) -> dict[str, float]:
+        return self.reports[-1].metrics
+
+
+def drive(
+    task: Task | None, folder: Path, *, limit: int = 100, checkpoint: Path | None = None, **settings: Any
+) -> Driven:
+    """Train on the CPU with micro-batches of at most `limit` samples."""
+    folder.mkdir(exist_ok=True)
+    driven = Driven()
+
+    def take(report: Report) -> None:
+        driven.reports.append(report)
+        if report.checkpoint_path is not None:
+            kept = folder / f"epoch_{len(driven.reports)}.pt"
+            driven.checkpoints.append(Path(shutil.copy(report.checkpoint_path, kept)))
+
+    resolved = make_settings(**settings)
+    assert resolved.effective_batch_size is not None
+    context = TrialContext(
+        task=task,
+        device=CPU,
+        batch_plan=BatchPlan.build(resolved.effective_batch_size, limit),
+        settings=resolved,
+        memory=CpuMemory(),
+        scratch_dir=folder,
+        checkpoint_path=checkpoint,
+        send=take,
+    )
+    train({}, context)
+    return driven
+
+
+def make_data(num_samples: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, 6, generator=generator, dtype=dtype)
+    return TensorDataset(features, (features.sum(1) > 0).long())
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_task(num_samples: int = 37, learning_rate: float = 0.1, **changes: Any) -> Task:
+    """A float64 classifier without anything random in it."""
+    return Task(
+        **{
+            "model": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double(),
+            "loss": cross_entropy,
+            "optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9),
+            "train_data": lambda: make_data(num_samples),
+            **changes,
+        }
+    )
+
+
+def initial_weights(task: Task) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return task.model().state_dict()
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_accumulating_gives_the_weights_of_the_whole_batch(tmp_path: Path, limit: int) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "epochs": 3}
+    whole = drive(make_task(), tmp_path / "whole", limit=10, **options)
+    parts = drive(make_task(), tmp_path / "parts", limit=limit, **options)
+    for name, weight in parts.weights.items():
+        torch.testing.assert_close(weight, whole.weights[name], rtol=1e-10, atol=0.0)
+    for driven in (whole, parts):
+        assert (driven.last["optimizer_steps"], driven.last["num_samples"]) == (12, 111)
+    assert parts.last["train_loss"] == pytest.approx(whole.last["train_loss"], rel=1e-10)
+
+
+def test_the_scheduler_steps_once_per_optimizer_step(tmp_path: Path) -> None:
+    task = make_task(scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+    driven = drive(task, tmp_path, limit=3, effective_batch_size=10, epochs=2)
+    assert driven.last["optimizer_steps"] == 8
+    assert driven.last["learning_rate"] == pytest.approx(0.1 * 0.5**8)
+
+
+def test_the_gradient_of_the_whole_window_is_clipped(tmp_path: Path) -> None:
+    task = make_task(learning_rate=1.0)
+    before = initial_weights(task)
+    driven = drive(task, tmp_path, limit=5, effective_batch_size=37, epochs=1, clip_norm=0.01)
+    moved = torch.cat([(driven.weights[name] - before[name]).flatten() for name in before])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def flat_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).sum() * 0 + 1.0
+
+
+def test_patience_ends_training_and_says_why(tmp_path: Path) -> None:
+    driven = drive(make_task(loss=flat_loss), tmp_path, epochs=10, patience=2)
+    assert [report.is_final for report in driven.reports] == [False, False, True]
+    assert driven.reports[-1].reason == "train_loss no better for 2 epochs (best in epoch 1)"
+
+
+def test_the_last_epoch_is_final_and_says_so(tmp_path: Path) -> None:
+    driven = drive(make_task(), tmp_path, epochs=2)
+    assert [(r.metrics["epoch"], r.is_final, r.reason) for r in driven.reports] == [
+        (1, False, ""),
+        (2, True, "all 2 epochs done"),
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training_with_the_place(tmp_path: Path, value: float) -> None:
+    calls = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return cross_entropy(model, batch) * (value if len(calls) > 6 else 1)
+
+    with pytest.raises(NonFiniteLossError, match=f"training loss is {value} in epoch 2, after 6 optimizer steps"):
+        drive(make_task(loss=loss), tmp_path, effective_batch_size=10, epochs=5)
+
+
+def test_a_validation_loss_that_is_no_number_ends_training_too(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * (1 if model.training else math.nan)
+
+    with pytest.raises(NonFiniteLossError, match="validation loss is nan in epoch 1"):
+        drive(make_task(loss=loss, val_data=lambda: make_data(5)), tmp_path)
+
+
+class Noisy(Dataset[Any]):
+    """Samples augmented from all three generators."""
+
+    def __init__(self) -> None:
+        self._data = make_data(37, torch.float32)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        features, label = self._data[index]
+        return features + torch.rand(6) + random.random() + float(np.random.random()), label
+
+
+def make_random_task() -> Task:
+    return make_task(
+        model=lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2)),
+        optimizer=lambda model: torch.optim.Adam(model.parameters()),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+        train_data=Noisy,
+        val_data=lambda: make_data(9, torch.float32, seed=1),
+    )
+
+
+def test_a_resumed_run_ends_with_bit_equal_weights(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "epochs": 3, "limit": 4}
+    whole = drive(make_random_task(), tmp_path / "whole", **options)
+    torch.rand(13)  # a new process has another random state
+    resumed = drive(make_random_task(), tmp_path / "resumed", checkpoint=whole.checkpoints[0], **options)
+    assert len(resumed.reports) == 2
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+    for name in ("epoch", "train_loss", "val_loss", "optimizer_steps", "num_samples", "learning_rate"):
+        assert resumed.last[name] == whole.last[name], name
+
+
+def test_resuming_what_was_done_reports_it_again_and_trains_no_further(tmp_path: Path) -> None:
+    whole = drive(make_task(), tmp_path / "whole", epochs=2)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        raise AssertionError("trained again")
+
+    resumed = drive(make_task(loss=loss), tmp_path / "resumed", checkpoint=whole.checkpoints[-1], epochs=2)
+    (report,) = resumed.reports
+    assert (report.metrics, report.is_final, report.reason) == (whole.last, True, "all 2 epochs done")
+
+
+def test_patience_survives_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 10, "patience": 3}
+    whole = drive(make_task(loss=flat_loss), tmp_path / "whole", **options)
+    resumed = drive(make_task(loss=flat_loss), tmp_path / "resumed", checkpoint=whole.checkpoints[1], **options)
+    assert (len(whole.reports), len(resumed.reports)) == (4, 2)
+
+
+def make_metric_task(**changes: Any) -> Task:
+    return make_task(
+        **{
+            "val_data": lambda: make_data(11, seed=1),
+            "predict": lambda model, batch: (model(batch[0]), batch[1]),
+            "metrics": {
+                "accuracy": lambda: torchmetrics.classification.MulticlassAccuracy(2, average="micro")
+            },
+            **changes,
+        }
+    )
+
+
+def test_metrics_are_those_of_the_whole_validation_set(tmp_path: Path) -> None:
+    task = make_metric_task()
+    assert metric_names(task) == ["train_loss", "val_loss", "val_accuracy"]
+    driven = drive(task, tmp_path, limit=4, effective_batch_size=10, epochs=1)
+    model = task.model()
+    model.load_state_dict(driven.weights)
+    features, labels = make_data(11, seed=1).tensors
+    with torch.no_grad():
+        out = model(features)
+    assert driven.last["val_loss"] == pytest.approx(float(nn.functional.cross_entropy(out, labels)), rel=1e-12)
+    assert driven.last["val_accuracy"] == pytest.approx(float((out.argmax(1) == labels).float().mean()))
+
+
+def test_metrics_without_predict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no `predict`"):
+        drive(make_metric_task(predict=None), tmp_path)
+
+
+def test_a_metric_of_several_numbers_is_refused_by_name(tmp_path: Path) -> None:
+    per_class = {"each": lambda: torchmetrics.classification.MulticlassAccuracy(2, average=None)}
+    with pytest.raises(TaskError, match=r"metric 'each' computed \(2,\) values"):
+        drive(make_metric_task(metrics=per_class), tmp_path)
+
+
+def test_without_validation_data_only_the_training_loss_is_reported(tmp_path: Path) -> None:
+    driven = drive(make_task(), tmp_path, epochs=1)
+    assert metric_names(make_task()) == ["train_loss"]
+    assert not any(name.startswith("val_") for name in driven.last)
+
+
+def test_bf16_passes_leave_parameters_in_their_own_format(tmp_path: Path) -> None:
+    formats = set()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0])
+        formats.add(out.dtype)
+        return nn.functional.cross_entropy(out, batch[1])
+
+    task = make_task(
+        model=lambda: nn.Linear(6, 2), loss=loss, train_data=lambda: make_data(20, torch.float32)
+    )
+    driven = drive(task, tmp_path, precision="bf16")
+    assert formats == {torch.bfloat16}
+    assert {weight.dtype for weight in driven.weights.values()} == {torch.float32}
+    assert math.isfinite(driven.last["train_loss"])
+
+
+def test_the_default_loop_needs_a_task(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="needs a task"):
+        drive(None, tmp_path)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Callable[..., DeviceSession]]:
+    sessions: list[DeviceSession] = []
+
+    def open_session(build: Any, function: Any = None, **changes: Any) -> DeviceSession:
+        payload = None if function is None else pickle_function(function, "train.function")
+        sessions.append(DeviceSession(make_opening(build, tmp_path, function_payload=payload, **changes)))
+        return sessions[-1]
+
+    yield open_session
+    for each in sessions:
+        each.memory.uncap()
+
+
+def build_small(config: dict[str, Any]) -> Task:
+    return make_task()
+
+
+def train_my_way(config: dict[str, Any], trial: Any) -> None:
+    state = trial.load_checkpoint() or {"round": 0}
+    while state["round"] < 3:
+        state = {"round": state["round"] + 1, "weight": torch.full((2,), float(state["round"]))}
+        steps = trial.batch_plan.accumulation_steps
+        trial.report({"score": torch.tensor(state["round"] * 1.5), "k": steps}, checkpoint=state)
+
+
+def test_an_own_training_function_reports_saves_and_goes_on(
+    session: Callable[..., DeviceSession], tmp_path: Path
+) -> None:
+    reports: list[Report] = []
+    session(build_small, train_my_way).train(3, reports.append)
+    assert [report.metrics for report in reports] == [{"score": s, "k": 3.0} for s in (1.5, 3.0, 4.5)]
+    assert reports[-1].peak_memory_bytes >= 0
+    kept = shutil.copy(str(reports[-1].checkpoint_path), tmp_path / "kept.pt")
+    torch.save({"round": 2}, kept)
+    resumed: list[Report] = []
+    session(build_small, train_my_way, checkpoint_path=str(kept)).train(3, resumed.append)
+    assert [report.metrics["score"] for report in resumed] == [4.5]
+
+
+def test_a_value_that_is_no_number_is_refused_by_name(session: Callable[..., DeviceSession]) -> None:
+    def report_text(config: dict[str, Any], trial: Any) -> None:
+        trial.report({"score": "high"})
+
+    with pytest.raises(TaskError, match="metric 'score' is not a single number but 'high'"):
+        session(build_small, report_text).train(3, lambda report: None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried"), MemoryError()])
+def test_memory_that_runs_out_in_training_is_told_with_what_to_change(
+    session: Callable[..., DeviceSession], error: Exception
+) -> None:
+    def run_out(config: dict[str, Any], trial: Any) -> None:
+        raise error
+
+    with pytest.raises(OutOfMemoryInTrainingError, match=r"micro-batches of 3 samples: .*Lower hp\.batch_size"):
+        session(build_small, run_out).train(3, lambda report: None)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda config: "model", "returned a str, not a tune_easytrain.Task"),
+        (lambda config: make_task(train_data=lambda: iter([1])), "without a length"),
+        (lambda config: make_task(train_data=list), "without a single sample"),
+    ],
+)
+def test_a_task_that_cannot_be_trained_is_refused_before_anything_is_tried(
+    session: Callable[..., DeviceSession], build: Any, message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        session(build)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import build_hungry_task, build_task, make_config, make_settings
+
+from tune_easytrain import NotEnoughMemoryError
+from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.errors import ChildDiedError, MetricError
+from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started, TrainingEnded
+from tune_easytrain.probe import Outcome
+from tune_easytrain.protocol import Report
+from tune_easytrain.task_source import pickle_function
+from tune_easytrain.trial import TrialSpec, run_trial
+
+
+@dataclass
+class Trial:
+    """A trial on this machine's CPU, and the events it has emitted."""
+
+    reports: Iterator[Report]
+    events: list[Event] = field(default_factory=list)
+
+    def kinds(self) -> list[type[Event]]:
+        return [type(event) for event in self.events]
+
+    def event(self, kind: type[Any]) -> Any:
+        (found,) = [event for event in self.events if type(event) is kind]
+        return found
+
+
+def start(
+    build: Any = build_task,
+    *,
+    config: dict[str, Any] | None = None,
+    function: Any = None,
+    checkpoint_path: Path | None = None,
+    **settings: Any,
+) -> Trial:
+    events: list[Event] = []
+    spec = TrialSpec(
+        config=make_config() if config is None else config,
+        settings=make_settings(**settings),
+        task_payload=None if build is None else pickle_function(build, "task"),
+        function_payload=None if function is None else pickle_function(function, "train.function"),
+        device="cpu",
+        device_share=1.0,
+        num_threads=1,
+        checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
+        preloaded_modules=slow_modules_in_use(),
+    )
+    return Trial(run_trial(spec, events.append), events)
+
+
+def test_a_trial_probes_plans_trains_and_ends() -> None:
+    trial = start(metric="val_accuracy", mode="max", microbatch_limit=3)
+    reports = list(trial.reports)
+    assert trial.kinds() == [Started, Probed, Planned, Reported, Reported, TrainingEnded]
+    assert not trial.event(Started).resumed
+    probed, plan = trial.event(Probed), trial.event(Planned)
+    assert (probed.microbatch_size, probed.bounded_by) == (3, "limit")
+    assert [(a["microbatch_size"], a["outcome"]) for a in probed.attempts] == [(3, Outcome.FITS)]
+    assert (plan.effective_batch_size, plan.microbatch_size, plan.accumulation_steps) == (8, 3, 3)
+    assert (plan.device, plan.budget_bytes, plan.warning) == ("cpu", 2**30, "")
+    assert [report.metrics["epoch"] for report in reports] == [1, 2]
+    assert [report.is_final for report in reports] == [False, True]
+    assert reports[-1].metrics["num_samples"] == 80
+    assert reports[-1].metrics["optimizer_steps"] == 10
+    assert set(reports[0].metrics) > {"train_loss", "val_loss", "val_accuracy"}
+    assert trial.event(TrainingEnded).reason == "all 2 epochs done"
+    assert [e.metrics for e in trial.events if isinstance(e, Reported)] == [r.metrics for r in reports]
+
+
+def test_a_resumed_trial_confirms_the_size_it_had_and_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
+    undisturbed = start(epochs=2, microbatch_limit=3)
+    first = next(undisturbed.reports)
+    assert first.checkpoint_path is not None
+    kept = Path(shutil.copy(first.checkpoint_path, tmp_path / "kept.pt"))
+    (second,) = undisturbed.reports
+    assert not Path(first.checkpoint_path).parent.exists()  # the scratch folder ends with the trial
+    resumed = start(epochs=2, checkpoint_path=kept)
+    (report,) = resumed.reports
+    assert resumed.event(Started).resumed
+    assert resumed.event(Probed).microbatch_size == 3
+    for name in ("epoch", "train_loss", "val_loss", "val_accuracy", "num_samples"):
+        assert report.metrics[name] == second.metrics[name]
+
+
+def report_pid_for_ever(config: dict[str, Any], trial: Any) -> None:
+    while True:
+        trial.report({"train_loss": 0.0, "pid": os.getpid()})
+
+
+def test_closing_a_trial_ends_its_child() -> None:
+    trial = start(function=report_pid_for_ever)
+    pid = int(next(trial.reports).metrics["pid"])
+    os.kill(pid, 0)
+    trial.reports.close()  # type: ignore[attr-defined]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert Failed not in trial.kinds()
+
+
+def test_a_bug_fails_the_trial_with_its_type_and_where_it_was() -> None:
+    trial = start(config=make_config(toy={"fault": "bug"}))
+    with pytest.raises(KeyError, match="a bug in the task"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Failed]
+    failed = trial.event(Failed)
+    assert failed.error == "KeyError: 'a bug in the task'"
+    assert "_misbehave" in failed.details
+
+
+def test_a_child_that_dies_in_training_fails_the_trial() -> None:
+    trial = start(config=make_config(toy={"fault": "kill"}), probe="off")
+    with pytest.raises(ChildDiedError, match="SIGKILL"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Planned, Failed]
+
+
+def test_a_metric_that_nobody_reports_is_told_before_anything_is_tried() -> None:
+    trial = start(metric="val_acuracy")
+    with pytest.raises(MetricError, match="'val_acuracy' is not reported; did you mean 'val_accuracy'"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Failed]
+
+
+def report_something_else(config: dict[str, Any], trial: Any) -> None:
+    trial.report({"loss": 1.0})
+
+
+def test_a_training_function_that_leaves_out_the_metric_fails() -> None:
+    trial = start(function=report_something_else)
+    with pytest.raises(MetricError, match="run.metric: 'train_loss' is not reported"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Probed, Planned, Failed]
+
+
+def report_twice(config: dict[str, Any], trial: Any) -> None:
+    assert trial.task is None
+    for _ in range(2):
+        trial.report({"train_loss": config["hp"]["x"]})
+
+
+def test_an_own_function_needs_no_task_and_its_reports_are_counted() -> None:
+    trial = start(
+        None, function=report_twice, config={"hp": {"x": 4}}, probe="off", effective_batch_size=None
+    )
+    assert [report.metrics for report in trial.reports] == [
+        {"epoch": 1, "train_loss": 4.0},
+        {"epoch": 2, "train_loss": 4.0},
+    ]
+    assert trial.event(Planned).microbatch_size is None
+    assert trial.event(TrainingEnded).reason == "the training function returned"
+
+
+def test_an_effective_batch_size_beyond_the_data_is_said_once() -> None:
+    trial = start(config=make_config(data={"num_samples": 5}), epochs=1)
+    (report,) = trial.reports
+    plan = trial.event(Planned)
+    assert "only 5 samples, fewer than the effective batch size 8" in plan.warning
+    assert (plan.effective_batch_size, plan.microbatch_size) == (5, 5)
+    assert (report.metrics["num_samples"], report.metrics["optimizer_steps"]) == (5, 1)
+
+
+def test_with_the_probe_off_the_given_size_is_used_as_it_is() -> None:
+    trial = start(probe="off", microbatch_limit=5, epochs=1)
+    list(trial.reports)
+    assert trial.kinds() == [Started, Planned, Reported, TrainingEnded]
+    plan = trial.event(Planned)
+    assert (plan.microbatch_size, plan.accumulation_steps) == (4, 2)
+
+
+def test_a_probe_that_finds_nothing_is_kept_all_the_same() -> None:
+    trial = start(build_hungry_task, config={"num_samples": 1}, memory_budget_bytes=24 * 2**20)
+    with pytest.raises(NotEnoughMemoryError):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Probed, Failed]
+    probed = trial.event(Probed)
+    assert probed.microbatch_size is None
+    assert [a["outcome"] for a in probed.attempts] == [Outcome.OUT_OF_MEMORY]

@@ -3,8 +3,8 @@
     pip install 'tune-easytrain[demo]'
     python examples/make_demo_data.py data/ucf101_demo
 
-Four classes, one per source video, of 8 clips each. Every source is cut into four parts along its time;
-a part is one of UCF101's groups (g01 to g04) and gives two overlapping clips (c01, c02). A split tests one
+Four classes, one per source video, of 12 clips each. Every source is cut into four parts along its time;
+a part is one of UCF101's groups (g01 to g04) and gives three overlapping clips (c01 to c03). A split tests one
 part that its training list has no clip of: split 1 tests g04, split 2 g03 and split 3 g02.
 """
 
@@ -31,6 +31,7 @@ SOURCES = {
 """Class names, in the order of their labels, and the video each is cut from."""
 
 NUM_GROUPS = 4
+CLIPS_PER_GROUP = 3
 TEST_GROUP = {1: 4, 2: 3, 3: 2}
 """The group that each split tests."""
 
@@ -103,7 +104,8 @@ def clip_name(name: str, group: int, clip: int) -> str:
 
 def list_clips(groups: Sequence[int] = range(1, NUM_GROUPS + 1)) -> list[str]:
     """The paths below `UCF-101/` of all clips of these groups."""
-    return [clip_name(name, group, clip) for name in SOURCES for group in groups for clip in (1, 2)]
+    clips = range(1, CLIPS_PER_GROUP + 1)
+    return [clip_name(name, group, clip) for name in SOURCES for group in groups for clip in clips]
 
 
 def list_files() -> dict[str, str]:
@@ -120,14 +122,15 @@ def list_files() -> dict[str, str]:
 
 
 def write_clips(source: Path, folder: Path, name: str) -> None:
-    """Cut one source into its groups; each clip is two thirds of its group, from either end."""
+    """Cut one source into its groups; each clip is half of its group, from its start, middle and end."""
     folder.mkdir(parents=True)
     pictures = list(read_pictures(source))
     for group in range(1, NUM_GROUPS + 1):
         first, end = (len(pictures) * number // NUM_GROUPS for number in (group - 1, group))
-        length = (end - first) * 2 // 3
-        write_clip(folder.parent / clip_name(name, group, 1), pictures[first : first + length])
-        write_clip(folder.parent / clip_name(name, group, 2), pictures[end - length : end])
+        length = (end - first) // 2
+        for clip in range(CLIPS_PER_GROUP):
+            start = first + (end - first - length) * clip // (CLIPS_PER_GROUP - 1)
+            write_clip(folder.parent / clip_name(name, group, clip + 1), pictures[start : start + length])
 
 
 def read_pictures(source: Path) -> Iterator[Any]:

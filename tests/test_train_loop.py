@@ -153,7 +153,9 @@ def test_a_loss_that_is_no_number_ends_training_with_the_place(tmp_path: Path, v
         calls.append(1)
         return cross_entropy(model, batch) * (value if len(calls) > 6 else 1)
 
-    with pytest.raises(NonFiniteLossError, match=f"training loss is {value} in epoch 2, after 6 optimizer steps"):
+    with pytest.raises(
+        NonFiniteLossError, match=f"training loss is {value} in epoch 2, after 6 optimizer steps"
+    ):
         drive(make_task(loss=loss), tmp_path, effective_batch_size=10, epochs=5)
 
 
@@ -215,7 +217,9 @@ def test_resuming_what_was_done_reports_it_again_and_trains_no_further(tmp_path:
 def test_patience_survives_a_resume(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 10, "patience": 3}
     whole = drive(make_task(loss=flat_loss), tmp_path / "whole", **options)
-    resumed = drive(make_task(loss=flat_loss), tmp_path / "resumed", checkpoint=whole.checkpoints[1], **options)
+    resumed = drive(
+        make_task(loss=flat_loss), tmp_path / "resumed", checkpoint=whole.checkpoints[1], **options
+    )
     assert (len(whole.reports), len(resumed.reports)) == (4, 2)
 
 
@@ -241,7 +245,9 @@ def test_metrics_are_those_of_the_whole_validation_set(tmp_path: Path) -> None:
     features, labels = make_data(11, seed=1).tensors
     with torch.no_grad():
         out = model(features)
-    assert driven.last["val_loss"] == pytest.approx(float(nn.functional.cross_entropy(out, labels)), rel=1e-12)
+    assert driven.last["val_loss"] == pytest.approx(
+        float(nn.functional.cross_entropy(out, labels)), rel=1e-12
+    )
     assert driven.last["val_accuracy"] == pytest.approx(float((out.argmax(1) == labels).float().mean()))
 
 
@@ -339,7 +345,9 @@ def test_memory_that_runs_out_in_training_is_told_with_what_to_change(
     def run_out(config: dict[str, Any], trial: Any) -> None:
         raise error
 
-    with pytest.raises(OutOfMemoryInTrainingError, match=r"micro-batches of 3 samples: .*Lower hp\.batch_size"):
+    with pytest.raises(
+        OutOfMemoryInTrainingError, match=r"micro-batches of 3 samples: .*Lower hp\.batch_size"
+    ):
         session(build_small, run_out).train(3, lambda report: None)
 
 

@@ -15,6 +15,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 
@@ -221,7 +222,7 @@ def _print_results(results: SweepResults, as_json: bool) -> None:
 def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a string would be read as markup
     console = Console()
     if not console.is_terminal:  # a pipe has no width to fit: nothing may be cut off
         console = Console(width=_PIPE_WIDTH)

@@ -9,6 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started
 from tune_easytrain.probe import format_bytes
@@ -77,7 +78,7 @@ class Progress:
             table.add_column(heading)
         shown = sorted(self._records.values(), key=_interest)[:_ROWS_SHOWN]
         for record in sorted(shown, key=lambda r: r.trial_id):
-            table.add_row(*_cells(record, self._keys, self._metric), style=_STYLES[record.state])
+            table.add_row(*map(Text, _cells(record, self._keys, self._metric)), style=_STYLES[record.state])
         if len(self._records) > _ROWS_SHOWN:
             table.caption = f"{len(self._records) - _ROWS_SHOWN} more trials"
         return table

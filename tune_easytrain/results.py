@@ -156,7 +156,9 @@ def summary_rows(frame: pd.DataFrame, metric: str, keys: Iterable[str]) -> tuple
         peak, budget = row["peak_memory_bytes"], row["memory_budget_bytes"]
         cells = [row["trial_id"], *(row[key] for key in keys), row["state"], row["effective_batch_size"]]
         cells += [row["microbatch_size"], row["accumulation_steps"], row["probe_attempts"]]
-        cells += ["" if pd.isna(peak) else f"{format_bytes(peak)} / {format_bytes(budget)}"]
+        cells += [
+            "" if pd.isna(peak) or pd.isna(budget) else f"{format_bytes(peak)} / {format_bytes(budget)}"
+        ]
         cells += [row["num_samples"], row["optimizer_steps"], _short(row["samples_per_second"])]
         cells += [_short(row[f"{metric}_best"]), _first_line(row["error"])]
         rows.append(["" if pd.isna(cell) else str(cell) for cell in cells])

@@ -71,12 +71,11 @@ def load_function(name: str, *, key: str, project_root: Path, sweep_dir: Path) -
 def pickle_function(function: Callable[..., Any], key: str) -> bytes:
     """Pickle a function so that another machine can load it without its file.
 
-    The function's module travels by value unless it is an installed package. Raises TaskError where it
-    holds something that cannot be pickled.
+    The function's module travels by value unless it is an installed package, and so do the modules it uses
+    from its own folder or below. Raises TaskError where one holds something that cannot be pickled.
     """
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    by_value = module is not None and not _is_installed(module)
-    if module is not None and by_value:
+    modules = _modules_by_value(sys.modules.get(getattr(function, "__module__", "")))
+    for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
         payload: bytes = cloudpickle.dumps(function)
@@ -86,7 +85,7 @@ def pickle_function(function: Callable[..., Any], key: str) -> bytes:
             "files, locks and data sets out of the module's globals; build them inside the task's functions"
         ) from error
     finally:
-        if module is not None and by_value:
+        for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
     return payload
 
@@ -143,6 +142,27 @@ def _import_failed(key: str, name: str, error: Exception) -> TaskError:
             last = last.tb_next
         where = f" ({last.tb_frame.f_code.co_filename}:{last.tb_lineno})"
     return TaskError(f"{key}: importing {name!r} failed: {type(error).__name__}: {error}{where}")
+
+
+def _modules_by_value(module: ModuleType | None) -> list[ModuleType]:
+    """Return the module and what is loaded from beside it; nothing where workers have it anyway."""
+    if module is None or _is_installed(module):
+        return []
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return [module]
+    folder = Path(file).parent
+    package = __name__.partition(".")[0]
+    beside = [
+        other
+        for other in list(sys.modules.values())
+        if isinstance(other, ModuleType)
+        and Path(getattr(other, "__file__", None) or "/").is_relative_to(folder)
+        and other.__name__.partition(".")[0] not in (package, "__main__", "__mp_main__")
+        and sys.modules.get(other.__name__) is other
+        and not _is_installed(other)
+    ]
+    return [module, *(other for other in beside if other is not module)]
 
 
 def _is_installed(module: ModuleType) -> bool:

@@ -35,7 +35,7 @@ def read_all(folder):
 def test_no_part_of_a_source_is_in_both_lists(folder, split):
     train, classes = load_ucf101_split(folder, split, train=True, max_missing_share=0)
     test, _ = load_ucf101_split(folder, split, train=False, max_missing_share=0)
-    assert (len(train), len(test), len(classes)) == (24, 8, 4)
+    assert (len(train), len(test), len(classes)) == (36, 12, 4)
     groups = [{Path(path).stem.rsplit("_", 1)[0] for path, _ in samples} for samples in (train, test)]
     assert not groups[0] & groups[1]
     assert {label for _, label in train} == {label for _, label in test} == {0, 1, 2, 3}

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_easytrain.cli import main
+from tune_easytrain.config import load_config
+from tune_easytrain.events import Created, Failed, Reported, Started, append_events
+from tune_easytrain.run_directory import RunDirectory, trial_id
+
+TOYS = Path(__file__).with_name("toys.py")
+
+NINE = """
+name: nine
+grid_search:
+  grid:
+    model.type: [r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_s, swin3d_t]
+    hp.batch_size: [128, 64, 128, 32, 16, 16, 16, 16, 16]
+    hp.learning_rate: [0.001]
+    optimizer.name: [adam]
+batch: {effective_batch_size: 128}
+"""
+
+TOY_SWEEP = f"""
+task: {TOYS}:build_task
+batch: {{effective_batch_size: 8}}
+grid_search:
+  grid:
+    model.type: [small, large]
+    hp.learning_rate: [0.1]
+"""
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Call the command line with its own exit code, output and errors."""
+
+    def ask(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["tune-easytrain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return Answer(int(caught.value.code or 0), captured.out, captured.err)
+
+    return ask
+
+
+@pytest.fixture
+def nine(tmp_path: Path) -> Path:
+    path = tmp_path / "nine.yaml"
+    path.write_text(NINE)
+    return path
+
+
+@pytest.fixture
+def toy_sweep(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY_SWEEP)
+    return path
+
+
+def test_plan_tells_nine_trials_from_eighty_one(ask: Ask, nine: Path) -> None:
+    answer = ask("plan", nine, "--hours-per-trial", 2)
+    assert answer.code == 0
+    assert "Mode: " in answer.out
+    assert "9 trials; the Cartesian product would have been 81, 89 % fewer." in answer.out
+    assert "At 2 h a trial: 18 h against 162 h." in answer.out
+    assert "Warning" not in answer.out
+    rows = [
+        line.split()
+        for line in answer.out.splitlines()
+        if line.strip()[:1].isdigit() and "trials" not in line
+    ]
+    assert rows[0] == ["0", "r3d_18", "128", "0.001", "adam", "128", "128"]
+    assert rows[-1] == ["8", "swin3d_t", "16", "0.001", "adam", "128", "16"]
+    assert len(rows) == 9
+
+
+def test_plan_as_json_is_the_trials_configs(ask: Ask, nine: Path) -> None:
+    trials = json.loads(ask("plan", nine, "--json").out)
+    assert len(trials) == 9
+    assert trials[3]["config"]["model"]["type"] == "s3d"
+    assert (trials[3]["effective_batch_size"], trials[3]["microbatch_limit"]) == (128, 32)
+
+
+@pytest.mark.parametrize("option", ["--max-experiments", "--max_experiments"])
+def test_max_experiments_keeps_the_first_of_the_files_order(ask: Ask, nine: Path, option: str) -> None:
+    trials = json.loads(ask("plan", nine, option, 3, "--json").out)
+    assert [trial["config"]["model"]["type"] for trial in trials] == ["r3d_18", "mc3_18", "r2plus1d_18"]
+    assert "3 of 9 trials" in ask("plan", nine, option, 3).out
+
+
+def test_set_overrides_the_file(ask: Ask, nine: Path) -> None:
+    trials = json.loads(ask("plan", nine, "--set", "batch.effective_batch_size=32", "--json").out)
+    assert {trial["effective_batch_size"] for trial in trials} == {32}
+
+
+def test_trials_that_differ_in_batch_size_are_warned_of(ask: Ask, nine: Path) -> None:
+    out = ask("plan", nine, "--set", "batch={}").out
+    assert "trials differ in effective batch size: 16 … 128" in out
+    assert "batch: {effective_batch_size: 128}" in out
+
+
+def test_validate_builds_every_model(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("validate", toy_sweep)
+    assert (answer.code, answer.err) == (0, "")
+    assert "valid; 2 trials, 2 distinct models" in answer.out
+
+
+def test_an_unknown_model_is_told_in_one_line_without_a_traceback(toy_sweep: Path) -> None:
+    toy_sweep.write_text(TOY_SWEEP.replace("large", "lrge"))
+    command = [sys.executable, "-m", "tune_easytrain.cli", "validate", str(toy_sweep)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert f"{toy_sweep}:6" in line
+    assert "unknown name 'lrge'; did you mean 'large'?" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "trainepochs"], "'trainepochs' is not key=value"),
+        (["--set", "train.epochs=none"], "train.epochs"),
+        (["--set", "train.epohs=3"], "did you mean 'epochs'?"),
+    ],
+)
+def test_a_bad_override_is_bad_input(ask: Ask, toy_sweep: Path, arguments: list[str], told: str) -> None:
+    answer = ask("validate", toy_sweep, *arguments)
+    assert answer.code == 2
+    assert told in answer.err
+    assert "--set" in answer.err
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "run"])
+def test_a_file_that_is_not_there_is_bad_input(ask: Ask, tmp_path: Path, command: str) -> None:
+    answer = ask(command, tmp_path / "missing.yaml")
+    assert answer.code == 2
+    assert "missing.yaml" in answer.err
+
+
+@pytest.mark.parametrize("command", ["results", "resume"])
+def test_a_folder_that_is_no_run_directory_is_bad_input(ask: Ask, tmp_path: Path, command: str) -> None:
+    answer = ask(command, tmp_path)
+    assert answer.code == 2
+    assert "is not a run directory" in answer.err
+
+
+def make_run(folder: Path, toy_sweep: Path) -> Path:
+    directory = RunDirectory.create(folder, "toy")
+    directory.save_sweep(load_config(toy_sweep).resolved())
+    config: dict[str, Any] = {"model": {"type": "[small]"}, "hp": {"learning_rate": 0.1}}
+    report = Reported(metrics={"epoch": 1, "val_loss": 0.25}, peak_memory_bytes=1)
+    append_events(directory.trial_path(trial_id(0)), [Started(config=config), report])
+    failed = [Created(config=config), Failed(error="KeyError: 'x'")]
+    append_events(directory.trial_path(trial_id(1)), failed)
+    return directory.path
+
+
+def test_results_show_every_trial_and_the_best(ask: Ask, tmp_path: Path, toy_sweep: Path) -> None:
+    run_dir = make_run(tmp_path, toy_sweep)
+    answer = ask("results", run_dir, "--csv", tmp_path / "out.csv")
+    assert answer.code == 0
+    for text in ("trial_00000", "[small]", "KeyError: 'x'", "Best val_loss: 0.25 (trial_00000)"):
+        assert text in answer.out
+    assert (tmp_path / "out.csv").read_text().startswith("trial_id,state,error,model.type")
+
+
+def test_results_as_json_are_the_frame(ask: Ask, tmp_path: Path, toy_sweep: Path) -> None:
+    rows = json.loads(ask("results", make_run(tmp_path, toy_sweep), "--json").out)
+    assert [row["state"] for row in rows] == ["probing", "failed"]
+    assert rows[0]["val_loss_best"] == 0.25
+    assert rows[1]["val_loss_best"] is None
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "run", "resume", "results"])
+def test_every_command_helps_with_an_example(ask: Ask, command: str) -> None:
+    answer = ask(command, "--help")
+    assert answer.code == 0
+    assert f"tune-easytrain {command} " in answer.out

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tune_easytrain.config import load_config
+from tune_easytrain.errors import RunDirectoryError
+from tune_easytrain.events import (
+    Created,
+    Event,
+    Failed,
+    Finished,
+    Planned,
+    Probed,
+    Reported,
+    Started,
+    append_events,
+)
+from tune_easytrain.results import COLUMNS, SweepResults, load_results, summary_rows
+from tune_easytrain.run_directory import RunDirectory, trial_id
+
+GRID = {"model.type": ["small", "large"], "hp.batch_size": [4, 2]}
+
+
+def make_run(folder: Path, trials: list[list[Event]], **sweep: Any) -> SweepResults:
+    content = {
+        "grid_search": {"grid": GRID},
+        "batch": {"effective_batch_size": 8},
+        "run": {"metric": "val_accuracy", "mode": "max"},
+        **sweep,
+    }
+    directory = RunDirectory.create(folder, "demo")
+    directory.save_sweep(load_config(content).resolved())
+    for index, events in enumerate(trials):
+        append_events(directory.trial_path(trial_id(index)), events)
+    return load_results(directory.path)
+
+
+def trial_config(name: str = "small", **more: Any) -> dict[str, Any]:
+    return {"model": {"type": name}, "hp": {"batch_size": 4}, "batch": {"effective_batch_size": 8}, **more}
+
+
+def epoch(number: int, accuracy: float, loss: float = 1.0) -> Reported:
+    metrics = {
+        "epoch": number,
+        "optimizer_steps": 5 * number,
+        "num_samples": 40 * number,
+        "learning_rate": 0.1,
+    }
+    metrics |= {
+        "samples_per_second": 20.0,
+        "epoch_seconds": 2.5,
+        "train_loss": loss,
+        "val_accuracy": accuracy,
+    }
+    return Reported(metrics=metrics, peak_memory_bytes=100 * number)
+
+
+def finished(*reports: Reported, config: dict[str, Any] | None = None) -> list[Event]:
+    attempt = {"microbatch_size": 4, "outcome": "fits"}
+    return [
+        Started(config=config or trial_config()),
+        Probed(microbatch_size=4, budget_bytes=999, bounded_by="limit", seconds=1.5, attempts=[attempt] * 2),
+        Planned(
+            device="cpu",
+            budget_bytes=999,
+            effective_batch_size=8,
+            microbatch_size=4,
+            accumulation_steps=2,
+            num_workers=1,
+        ),
+        *reports,
+        Finished(reason="all done"),
+    ]
+
+
+def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
+    frame = make_run(tmp_path, [finished(epoch(1, 0.9, 3.0), epoch(2, 0.5, 2.0))]).frame()
+    (row,) = frame.to_dict("records")
+    assert {name: row[name] for name in (column.name for column in COLUMNS)} == {
+        "trial_id": "trial_00000",
+        "state": "finished",
+        "error": "",
+        "effective_batch_size": 8,
+        "microbatch_size": 4,
+        "accumulation_steps": 2,
+        "num_workers": 1,
+        "device": "cpu",
+        "probe_attempts": 2,
+        "probe_seconds": 1.5,
+        "memory_budget_bytes": 999,
+        "peak_memory_bytes": 200,
+        "samples_per_second": 20.0,
+        "optimizer_steps": 10,
+        "num_samples": 80,
+        "learning_rate": 0.1,
+        "epochs": 2,
+        "best_epoch": 1,
+        "epoch_seconds": 2.5,
+    }
+    assert (row["val_accuracy_last"], row["val_accuracy_best"]) == (0.5, 0.9)
+    assert (row["train_loss_last"], row["train_loss_best"]) == (2.0, 3.0)  # of the best accuracy's epoch
+    assert (row["model.type"], row["hp.batch_size"]) == ("small", 4)
+
+
+def test_columns_and_types_are_the_same_without_a_single_trial(tmp_path: Path) -> None:
+    empty = make_run(tmp_path, []).frame()
+    assert len(empty) == 0
+    for column in COLUMNS:
+        assert empty[column.name].dtype == column.dtype, column.name
+    assert list(empty.columns[:5]) == ["trial_id", "state", "error", "model.type", "hp.batch_size"]
+    assert {"val_accuracy_last", "val_accuracy_best", "train.epochs"} <= set(empty.columns)
+    full = make_run(tmp_path, [finished(epoch(1, 0.5))]).frame()
+    fixed = [column.name for column in COLUMNS]
+    assert [name for name in full.columns if name in set(fixed)] == fixed
+    assert full[fixed].dtypes.equals(empty[fixed].dtypes)
+
+
+def test_failed_and_pending_trials_are_rows_too(tmp_path: Path) -> None:
+    failed: list[Event] = [Started(config=trial_config()), Failed(error="KeyError: 'x'", details="trace")]
+    results = make_run(tmp_path, [failed, [Created(config=trial_config("large"))]])
+    frame = results.frame()
+    assert frame["state"].tolist() == ["failed", "pending"]
+    assert frame["error"].tolist() == ["KeyError: 'x'", ""]
+    assert frame["model.type"].tolist() == ["small", "large"]
+    assert frame["microbatch_size"].isna().all()
+    assert frame["val_accuracy_best"].isna().all()
+    assert frame["epochs"].dtype == "Int64"
+    assert results.num_failed == 1
+    assert results.best() is None
+
+
+def test_a_probe_that_was_off_is_no_missing_value(tmp_path: Path) -> None:
+    events = [event for event in finished(epoch(1, 0.5)) if not isinstance(event, Probed)]
+    (row,) = make_run(tmp_path, [events]).frame().to_dict("records")
+    assert (row["probe_attempts"], row["probe_seconds"], row["memory_budget_bytes"]) == (0, 0.0, 999)
+
+
+def test_a_config_key_named_like_a_column_gets_a_prefix(tmp_path: Path) -> None:
+    config = trial_config(device="tpu", state=7)
+    frame = make_run(
+        tmp_path, [finished(epoch(1, 0.5), config=config)], config={"device": "tpu", "state": 7}
+    ).frame()
+    assert frame["device"].tolist() == ["cpu"]
+    assert frame["state"].tolist() == ["finished"]
+    assert frame["config.device"].tolist() == ["tpu"]
+    assert frame["config.state"].tolist() == [7]
+    assert frame.columns.is_unique
+
+
+def test_a_config_key_named_like_a_metric_column_is_not_lost(tmp_path: Path) -> None:
+    config = trial_config(val_accuracy_best=0.1)
+    frame = make_run(
+        tmp_path, [finished(epoch(1, 0.5), config=config)], config={"val_accuracy_best": 0.1}
+    ).frame()
+    assert frame.columns.is_unique
+    assert frame["val_accuracy_best"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", "trial_00001"), ("min", "trial_00002")])
+def test_the_best_trial_is_that_of_the_sweeps_metric(tmp_path: Path, mode: str, best: str) -> None:
+    trials = [finished(epoch(1, value), epoch(2, 0.5)) for value in (0.6, 0.9, 0.2)]
+    trials.append([Started(config=trial_config()), Failed(error="x")])
+    results = make_run(tmp_path, trials, run={"metric": "val_accuracy", "mode": mode})
+    row = results.best()
+    assert row is not None
+    assert row["trial_id"] == best
+
+
+def test_the_csv_holds_the_frame(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [finished(epoch(1, 0.5)), [Created(config=trial_config("large"))]])
+    results.save_csv(tmp_path / "results.csv")
+    back = pd.read_csv(tmp_path / "results.csv")
+    assert list(back.columns) == list(results.frame().columns)
+    assert back["num_samples"].tolist()[0] == 40
+    assert back["state"].tolist() == ["finished", "pending"]
+
+
+def test_results_can_be_read_while_the_sweep_runs(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [finished(epoch(1, 0.5))[:-1]])
+    assert results.frame()["state"].tolist() == ["training"]
+    append_events(results.run_dir / "trials" / "trial_00000.jsonl", [epoch(2, 0.7)])
+    assert results.frame()["val_accuracy_best"].tolist() == [0.7]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
+        load_results(tmp_path)
+
+
+def test_a_trial_whose_plan_was_lost_is_shown_all_the_same(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [[Started(config=trial_config()), epoch(1, 0.5)]])
+    headings, rows = summary_rows(results.frame(), "val_accuracy", [])
+    assert dict(zip(headings, rows[0], strict=True))["peak / budget"] == ""
+
+
+def test_the_summary_shows_errors_only_where_there_are_any(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [finished(epoch(1, 0.5))])
+    headings, rows = summary_rows(results.frame(), "val_accuracy", results.varied_keys())
+    assert headings[:3] == ["trial", "model.type", "hp.batch_size"]
+    assert "error" not in headings
+    assert rows[0][-1] == "0.5"
+    failed = make_run(tmp_path, [[Started(config=trial_config()), Failed(error="KeyError: 'x'\nmore")]])
+    headings, rows = summary_rows(failed.frame(), "val_accuracy", ["model.type", "gone"])
+    assert headings[-1] == "error"
+    assert rows[0][-1] == "KeyError: 'x'"

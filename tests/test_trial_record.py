@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tune_easytrain.events import (
+    Created,
+    Event,
+    Failed,
+    Finished,
+    Planned,
+    Probed,
+    Reported,
+    Started,
+    Stopped,
+    TrainingEnded,
+)
+from tune_easytrain.trial_record import TrialRecord, TrialState
+
+CONFIG = {"hp": {"x": 1}}
+PROBED = Probed(microbatch_size=4, budget_bytes=9, bounded_by="limit", seconds=1.0, attempts=[])
+PLANNED = Planned(
+    device="cpu",
+    budget_bytes=9,
+    effective_batch_size=8,
+    microbatch_size=4,
+    accumulation_steps=2,
+    num_workers=1,
+)
+START: list[Event] = [Created(config={}), Started(config=CONFIG), PROBED, PLANNED]
+
+
+def epoch(number: float, loss: float, peak_memory_bytes: int = 5) -> Reported:
+    return Reported(metrics={"epoch": number, "loss": loss}, peak_memory_bytes=peak_memory_bytes)
+
+
+def record(*events: Event) -> TrialRecord:
+    return TrialRecord.from_events("trial_00000", events)
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "is_final"),
+    [
+        ([], TrialState.PENDING, False),
+        (START[:1], TrialState.PENDING, False),
+        (START[:2], TrialState.PROBING, False),
+        (START[:3], TrialState.PROBING, False),
+        (START, TrialState.TRAINING, False),
+        ([*START, epoch(1, 2.0)], TrialState.TRAINING, False),
+        (
+            [*START, TrainingEnded(reason="done")],
+            TrialState.TRAINING,
+            False,
+        ),  # its checkpoint is not stored yet
+        ([*START, Finished(reason="done")], TrialState.FINISHED, True),
+        ([*START, Stopped(reason="asha")], TrialState.STOPPED, True),
+        ([*START, Failed(error="KeyError: 1")], TrialState.FAILED, True),
+    ],
+)
+def test_states(events: list[Event], state: TrialState, is_final: bool) -> None:
+    assert (record(*events).state, record(*events).state.is_final) == (state, is_final)
+
+
+def test_events_add_up() -> None:
+    done = record(
+        *START, epoch(1, 3.0, 50), epoch(2, 1.0, 70), epoch(3, 2.0, 60), Finished(reason="all done")
+    )
+    assert (done.config, done.probe, done.plan, done.reason) == (CONFIG, PROBED, PLANNED, "all done")
+    assert done.last == {"epoch": 3, "loss": 2.0}
+    assert done.peak_memory_bytes == 70
+    assert done.best("loss", "min")["epoch"] == 2
+    assert done.best("loss", "max")["epoch"] == 1
+
+
+def test_epochs_reported_again_after_a_set_back_count_once() -> None:
+    trial = record(*START, epoch(1, 3.0), epoch(2, 2.5), epoch(3, 0.1), Started(config=CONFIG, resumed=True))
+    trial.add(epoch(2, 2.0))
+    assert [(r["epoch"], r["loss"]) for r in trial.reports] == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_resume_forgets_the_error_it_resumes_from() -> None:
+    trial = record(*START, Failed(error="died", details="trace"), Started(config=CONFIG, resumed=True))
+    assert (trial.state, trial.error, trial.error_details) == (TrialState.PROBING, "", "")
+
+
+def test_the_best_of_equals_is_the_earliest_and_nan_is_never_best() -> None:
+    trial = record(epoch(1, math.nan), epoch(2, 1.0), epoch(3, 1.0), epoch(4, math.nan))
+    assert trial.best("loss", "min")["epoch"] == 2
+    assert trial.best("loss", "max")["epoch"] == 2
+
+
+def test_before_any_report_there_is_neither_last_nor_best() -> None:
+    assert record(*START).last == {}
+    assert record(*START).best("loss", "min") == {}
+    assert record(epoch(1, 1.0)).best("accuracy", "max") == {}
+
+
+def test_reports_without_an_epoch_are_counted() -> None:
+    reported = Reported(metrics={"loss": 1.0}, peak_memory_bytes=0)
+    assert [r["epoch"] for r in record(reported, reported).reports] == [1, 2]

@@ -68,7 +68,7 @@ def test_any_split_gives_the_full_batchs_gradient(sizes: list[int], seed: int) -
     assert record.microbatch_sizes == tuple(sizes)
 
 
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 50))
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 30))
 def test_every_window_of_an_epoch_is_right_the_short_last_one_too(
     effective: int, limit: int, num_samples: int
 ) -> None:

@@ -23,7 +23,7 @@ def test_a_window_is_exact(effective: int, limit: int, num_workers: int) -> None
     plans = all_ranks(effective, limit, num_workers)
     assert sum(sum(plan.microbatch_sizes) for plan in plans) == effective
     for plan in plans:
-        assert 0 <= min(plan.microbatch_sizes)
+        assert min(plan.microbatch_sizes) >= 0
         assert max(plan.microbatch_sizes) <= limit
         assert max(plan.microbatch_sizes) - min(plan.microbatch_sizes) <= 1
         assert plan.num_samples == sum(plan.microbatch_sizes)

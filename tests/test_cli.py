@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,13 +123,11 @@ def test_validate_builds_every_model(ask: Ask, toy_sweep: Path) -> None:
     assert "valid; 2 trials, 2 distinct models" in answer.out
 
 
-def test_an_unknown_model_is_told_in_one_line_without_a_traceback(toy_sweep: Path) -> None:
+def test_an_unknown_model_is_told_in_one_line_without_a_traceback(ask: Ask, toy_sweep: Path) -> None:
     toy_sweep.write_text(TOY_SWEEP.replace("large", "lrge"))
-    command = [sys.executable, "-m", "tune_easytrain.cli", "validate", str(toy_sweep)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
+    answer = ask("validate", toy_sweep)
+    assert (answer.code, answer.out) == (2, "")
+    (line,) = answer.err.strip().splitlines()
     assert f"{toy_sweep}:6" in line
     assert "unknown name 'lrge'; did you mean 'large'?" in line
 

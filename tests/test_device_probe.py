@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import build_hungry_task, build_task, make_config, make_opening
 from torch import nn
+from toys import build_hungry_task, build_task, make_config, make_opening
 
 from tune_easytrain import NotEnoughMemoryError, ProbeResult, Task, find_microbatch
 from tune_easytrain.child_process import slow_modules_in_use
@@ -110,7 +110,9 @@ def test_a_child_that_is_killed_or_hangs_is_a_failed_attempt_and_the_next_one_ru
     children: Callable[..., TrialChildren],
 ) -> None:
     trial = children(m32="kill", m16="hang")
-    killed, hung, fine = (trial.attempt(size, timeout_seconds=3.0) for size in (32, 16, 8))
+    killed, hung, fine = (
+        trial.attempt(size, timeout_seconds) for size, timeout_seconds in ((32, 60.0), (16, 1.0), (8, 60.0))
+    )
     assert (killed.outcome, killed.peak_bytes) == (Outcome.DIED, None)
     assert "SIGKILL" in killed.message
     assert (hung.outcome, hung.peak_bytes) == (Outcome.TIMED_OUT, None)

@@ -173,7 +173,8 @@ def test_microbatches_are_read_only_when_asked_for() -> None:
 
 def test_the_loader_keeps_no_hold_of_a_microbatch() -> None:
     _, microbatches = next(make_loader(Ids(8)).windows(BatchPlan.build(8, 2), 0))
-    assert weakref.ref(next(microbatches))() is None
+    first = weakref.ref(next(microbatches))
+    assert first() is None
 
 
 def test_validation_reads_everything_in_its_own_order_the_same_way_every_time() -> None:

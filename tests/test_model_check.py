@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import build_task
 from torch import nn
+from toys import build_task
 
 from tune_easytrain import ConfigError, Task
 from tune_easytrain.config import SweepConfig, load_config

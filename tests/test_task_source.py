@@ -132,7 +132,7 @@ def test_a_global_that_cannot_travel_is_told_with_what_to_do(tmp_path: Path) -> 
         tmp_path / "locked.py",
         "import threading\nLOCK = threading.Lock()\ndef f(config):\n    LOCK.acquire()\n",
     )
-    with pytest.raises(TaskError, match="task: .* cannot be sent to a worker: .*keep open files, locks"):
+    with pytest.raises(TaskError, match=r"task: .* cannot be sent to a worker: .*keep open files, locks"):
         pickle_function(load(tmp_path, "locked.py:f"), "task")
 
 

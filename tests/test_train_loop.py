@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from toys import make_opening, make_settings
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from toys import make_opening, make_settings
 
 from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext
 from tune_easytrain.device_session import DeviceSession

@@ -137,7 +137,7 @@ def report_something_else(config: dict[str, Any], trial: Any) -> None:
 
 def test_a_training_function_that_leaves_out_the_metric_fails() -> None:
     trial = start(function=report_something_else)
-    with pytest.raises(MetricError, match="run.metric: 'train_loss' is not reported"):
+    with pytest.raises(MetricError, match=r"run\.metric: 'train_loss' is not reported"):
         next(trial.reports)
     assert trial.kinds() == [Started, Probed, Planned, Failed]
 

@@ -44,7 +44,7 @@ _main_module_lock = threading.Lock()
 
 
 def slow_modules_in_use() -> tuple[str, ...]:
-    """Return the modules, slow to import, that this process has loaded: the sweep's children need them too."""
+    """Return the modules, slow to import, that this process has loaded: its children need them too."""
     return tuple(name for name in _SLOW_MODULES if name in sys.modules)
 
 

@@ -166,6 +166,9 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a sweep that was interrupted; finished trials are kept as they are."""
+    from tune_easytrain.run_directory import RunDirectory
+
+    RunDirectory.open(run_dir)  # told at once, before anything slow is loaded
     from tune_easytrain import sweep
 
     _finish(sweep.resume(run_dir, address=address), as_json)

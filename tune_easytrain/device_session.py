@@ -110,9 +110,10 @@ class DeviceSession:
         except Exception as error:
             if classify_error(error) is not ErrorKind.MEMORY:
                 raise
+            message = (str(error) or type(error).__name__).splitlines()[0]
             raise OutOfMemoryInTrainingError(
                 f"memory ran out in training with micro-batches of {microbatch_limit} samples: "
-                f"{(str(error) or type(error).__name__).splitlines()[0]}. Lower hp.batch_size or batch.memory_fraction, or set "
+                f"{message}. Lower hp.batch_size or batch.memory_fraction, or set "
                 "batch.probe: auto where it is off"
             ) from error
 

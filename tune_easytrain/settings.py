@@ -80,7 +80,7 @@ class TrialSettings:
         )
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether a metric's value beats the best one so far (None: there is none yet); NaN never does."""
+        """Return whether a metric's value beats the best one so far (None: none yet); NaN never does."""
         if math.isnan(value):
             return False
         if best is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from tune_easytrain.precision import autocast
 from tune_easytrain.random_state import get_random_state, seed_everything, set_random_state
 from tune_easytrain.task import Batch, Task
 from tune_easytrain.trial_context import TrialContext
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass
@@ -168,19 +171,26 @@ class _Run:
         weight_sum = 0.0
         with torch.no_grad():
             for batch in self.val_loader.in_order(self.plan.microbatch_limit):
-                weight = float(count_samples(batch) if self.task.weight is None else self.task.weight(batch))
-                loss_sum += self._loss(self.model, batch).double() * weight
+                loss, weight = self._evaluate_batch(batch, metrics.values())
+                del batch  # or it would be held while the next one is loaded
+                loss_sum += loss.double() * weight
                 weight_sum += weight
-                if metrics:
-                    prediction, target = self._predict(batch)
-                    for metric in metrics.values():
-                        metric.update(prediction, target)
-        loss = float(loss_sum) / weight_sum if weight_sum else math.nan
-        self._require_finite("validation loss", loss)
+        mean_loss = float(loss_sum) / weight_sum if weight_sum else math.nan
+        self._require_finite("validation loss", mean_loss)
         return {
-            "val_loss": loss,
+            "val_loss": mean_loss,
             **{f"val_{name}": _scalar(name, m.compute()) for name, m in metrics.items()},
         }
+
+    def _evaluate_batch(self, batch: Batch, metrics: Iterable[Metric]) -> tuple[Tensor, float]:
+        """Update the metrics; return the batch's mean loss and what that is a mean over."""
+        weight = float(count_samples(batch) if self.task.weight is None else self.task.weight(batch))
+        loss = self._loss(self.model, batch)
+        if self.task.metrics:
+            prediction, target = self._predict(batch)
+            for metric in metrics:
+                metric.update(prediction, target)
+        return loss, weight
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with autocast(self.device, self.settings.precision):

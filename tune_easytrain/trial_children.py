@@ -27,9 +27,19 @@ class TrialChildren:
         self._has_tried = False
 
     def open(self) -> Opened:
-        """Start a child; every later one is held to the first one's budget."""
+        """Start a child; every later one is held to the first one's budget.
+
+        Raises ChildDiedError where the task cannot even be built in the time that one attempt has.
+        """
         self._child = ChildProcess(self._opening, self._preloaded_modules)
-        opened = self._child.receive()
+        timeout_seconds = self._opening.settings.probe_timeout_seconds
+        try:
+            opened = self._child.receive(timeout_seconds)
+        except TimeoutError:
+            raise ChildDiedError(
+                f"building the task and opening its data took more than {timeout_seconds:g} s; "
+                "look for what hangs there, or raise batch.probe_timeout"
+            ) from None
         assert isinstance(opened, Opened)
         self._opening = replace(self._opening, budget_bytes=opened.budget_bytes)
         return opened

@@ -1,0 +1,118 @@
+"""What a trial costs beside its training: an empty Ray Tune trial against ours, on this machine.
+
+    python benchmarks/trial_overhead.py [--num-trials 40] [--json trial_overhead.json]
+
+Every row runs the same number of trials one at a time in a Ray that is already up. The first trial of a row
+pays for starting an actor (and, in ours, the forkserver that imports torch); `seconds per trial` is the mean
+of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+import tune_easytrain as te
+from tune_easytrain.cluster import ray_session
+
+TOYS = Path(__file__).parents[1] / "tests" / "toys.py"
+
+
+def empty_trial(config: dict[str, Any]) -> None:
+    """Reports once."""
+    tune.report({"value": 0.0, "ended": time.time()})
+
+
+def train_nothing(config: dict[str, Any], trial: te.TrialContext) -> None:
+    """A training function that reports once."""
+    trial.report({"value": 0.0}, is_final=True, reason="nothing to train")
+
+
+def measure_bare(num_trials: int, storage: str) -> list[float]:
+    """Return when each empty Ray Tune trial ended, in seconds since the sweep's start."""
+    start = time.time()
+    results = tune.Tuner(
+        tune.with_resources(empty_trial, {"cpu": 1}),
+        param_space={"index": tune.grid_search(list(range(num_trials)))},
+        tune_config=tune.TuneConfig(metric="value", mode="min", reuse_actors=True, max_concurrent_trials=1),
+        run_config=tune.RunConfig(name="bare", storage_path=storage, verbose=0),
+    ).fit()
+    return sorted(result.metrics["ended"] - start for result in results)
+
+
+def measure_ours(num_trials: int, storage: str, *, with_torch: bool) -> list[float]:
+    """Return when each of our trials ended: an own function alone, or a probed and trained toy model."""
+    sweep: dict[str, Any] = {
+        "name": "torch" if with_torch else "function",
+        "config": {"model": {"type": "small"}},
+        "grid_search": {"grid": {"index": list(range(num_trials)), "hp.batch_size": [8]}},
+        "batch": {"effective_batch_size": 16, "memory_budget": "512MiB"},
+        "run": {"metric": "train_loss", "mode": "min", "storage": storage, "max_concurrent": 1},
+    }
+    if with_torch:
+        sweep["task"] = f"{TOYS}:build_task"
+    else:
+        sweep["train"] = {"function": f"{Path(__file__).resolve()}:train_nothing"}
+        sweep["batch"]["probe"] = "off"
+        sweep["run"]["metric"] = "value"
+    start = time.time()
+    results = te.run(sweep, quiet=True)
+    assert results.num_failed == 0, list(results.frame()["error"])
+    ends = []
+    for record in results.records():
+        lines = (results.run_dir / "trials" / f"{record.trial_id}.jsonl").read_text().splitlines()
+        ends.append(json.loads(lines[-1])["time"] - start)
+    return sorted(ends)
+
+
+def describe(name: str, ends: list[float]) -> dict[str, Any]:
+    """Return one row: seconds to the first trial's end, and per trial after it."""
+    return {
+        "trial": name,
+        "num_trials": len(ends),
+        "first_seconds": round(ends[0], 2),
+        "seconds_per_trial": round((ends[-1] - ends[0]) / (len(ends) - 1), 3),
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-trials", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as storage, ray_session("local"):
+        rows = [
+            describe("empty Ray Tune trial", measure_bare(arguments.num_trials, storage)),
+            describe(
+                "own function, probe off", measure_ours(arguments.num_trials, storage, with_torch=False)
+            ),
+            describe(
+                "toy model, probed and trained", measure_ours(arguments.num_trials, storage, with_torch=True)
+            ),
+        ]
+    print(f"{'trial':32} {'first (s)':>10} {'each further (s)':>17}")
+    for row in rows:
+        print(f"{row['trial']:32} {row['first_seconds']:10.2f} {row['seconds_per_trial']:17.3f}")
+    if arguments.json is not None:
+        machine = {"num_cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+        versions = {"ray": ray.__version__, "torch": torch.__version__}
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()

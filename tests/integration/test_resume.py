@@ -1,0 +1,120 @@
+"""A sweep whose driver is killed, then resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tune_easytrain as te
+from tune_easytrain.errors import RunDirectoryError
+from tune_easytrain.trial_record import TrialState
+
+CLI = [str(Path(sys.executable).with_name("tune-easytrain"))]
+SAME_IN_ANY_RUN = [
+    "trial_id", "state", "model.type", "hp.batch_size", "hp.learning_rate", "effective_batch_size",
+    "accumulation_steps", "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last",
+]  # fmt: skip
+PATIENCE_SECONDS = 120
+
+
+@pytest.fixture
+def slow_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
+    """Six trials of a few seconds each, one at a time, so that a kill lands in the middle."""
+    toy_sweep["config"] |= {"toy": {"seconds_per_loss": 0.05}}
+    toy_sweep["grid_search"]["grid"] = {
+        "model.type": ["small", "medium", "large"],
+        "hp.batch_size": [4, 7, 10],
+        "hp.learning_rate": [1e-2, 1e-3],
+    }
+    toy_sweep["train"] = {"epochs": 4}
+    return toy_sweep
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def start_and_kill_in_the_third_trial(sweep: dict[str, Any], tmp_path: Path) -> te.SweepResults:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    storage = Path(sweep["run"]["storage"])
+    driver = subprocess.Popen(
+        [*CLI, "run", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory")
+        (run_dir,) = storage.iterdir()
+        results = te.load_results(run_dir)
+
+        def third_trial_is_under_way() -> bool:
+            records = results.records()
+            return len(records) > 2 and 1 <= len(records[2].reports) < 4
+
+        wait_for(third_trial_is_under_way, "the third trial's first epoch")
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    return results
+
+
+def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp_path):
+    results = start_and_kill_in_the_third_trial(slow_sweep, tmp_path)
+    killed = results.frame()
+    assert list(killed["state"]) == ["finished", "finished", "training", "pending", "pending", "pending"]
+    finished_files = [results.run_dir / "trials" / f"{trial}.jsonl" for trial in killed["trial_id"][:2]]
+    before = [file.read_bytes() for file in finished_files]
+
+    resumed = subprocess.run(
+        [*CLI, "resume", str(results.run_dir)], capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+
+    frame = te.load_results(results.run_dir).frame()
+    assert [file.read_bytes() for file in finished_files] == before
+    assert frame.iloc[:2].equals(killed.iloc[:2].astype(frame.dtypes.to_dict()))
+    assert set(frame["state"]) == {"finished"}
+    third = te.load_results(results.run_dir).records()[2]
+    assert [report["epoch"] for report in third.reports] == [1, 2, 3, 4]
+
+    slow_sweep["config"]["toy"]["seconds_per_loss"] = 0
+    undisturbed = te.run(slow_sweep, quiet=True).frame()
+    assert frame[SAME_IN_ANY_RUN].equals(undisturbed[SAME_IN_ANY_RUN])
+
+
+def test_a_finished_sweep_resumed_runs_nothing(toy_sweep, local_ray):
+    results = te.run(toy_sweep, quiet=True)
+    before = results.frame()
+    after = te.resume(results.run_dir, quiet=True).frame()
+    assert after.equals(before)
+    assert all(record.state is TrialState.FINISHED for record in results.records())
+
+
+def test_a_driver_killed_before_ray_saved_anything_starts_anew(toy_sweep, local_ray):
+    results = te.run(toy_sweep, quiet=True, max_experiments=1)
+    for file in (results.run_dir / "trials").iterdir():
+        file.write_text(file.read_text().splitlines()[0] + "\n")  # only `created` is left
+    for file in sorted((results.run_dir / "ray").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    (results.run_dir / "ray").rmdir()
+    frame = te.resume(results.run_dir, quiet=True).frame()
+    assert list(frame["state"]) == ["finished"]
+    assert list(frame["model.type"]) == ["small"]
+
+
+def test_resume_of_another_folder_is_bad_input(tmp_path):
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
+        te.resume(tmp_path)
+    done = subprocess.run([*CLI, "resume", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -4,8 +4,8 @@
     python examples/make_demo_data.py data/ucf101_demo
 
 Four classes, one per source video, of 12 clips each. Every source is cut into four parts along its time;
-a part is one of UCF101's groups (g01 to g04) and gives three overlapping clips (c01 to c03). A split tests one
-part that its training list has no clip of: split 1 tests g04, split 2 g03 and split 3 g02.
+a part is one of UCF101's groups (g01 to g04) and gives three overlapping clips (c01 to c03). A split tests
+one part that its training list has no clip of: split 1 tests g04, split 2 g03 and split 3 g02.
 """
 
 from __future__ import annotations

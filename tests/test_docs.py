@@ -1,0 +1,530 @@
+"""The documentation holds: its commands and snippets run, its tables are the code's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+import tune_easytrain as te
+from tune_easytrain import cli, events, probe, sections
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.grid import GridSearchConfig
+from tune_easytrain.results import COLUMNS, build_frame, summary_rows
+from tune_easytrain.run_directory import RunDirectory
+from tune_easytrain.yaml_source import read_text
+
+ROOT = Path(__file__).parents[1]
+DOCS = [
+    "README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    "CONTRIBUTING.md",
+]
+PAGES = [*DOCS, "CHANGELOG.md"]
+RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+Check = Callable[[str], None]
+
+
+# What cannot run in a test, why, and what is checked of it instead.
+
+
+def check_make(command: str) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_pip(command: str) -> None:
+    assert (ROOT / "pyproject.toml").is_file()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"\.\[(\w+)]", command)) <= extras.keys()
+
+
+def check_ray(command: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import cli as ray_cli
+
+    _, name, *arguments = shlex.split(command)
+    ray_cli.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    for path in arguments:
+        assert (ROOT / path).is_file()
+    cluster = read_text((ROOT / arguments[0]).read_text(), arguments[0])[0].data
+    validate_config(prepare_config(cluster))
+
+
+def check_plan_instead(command: str) -> None:
+    """The same file and options, planned and not run."""
+    arguments = shlex.split(command)[2:]
+    trials = json.loads(call(["plan", *arguments, "--json"]).out)
+    assert len(trials) == 9
+    assert trials[0]["config"]["data"]["root"] == "/data/UCF-101"
+
+
+def check_example(command: str) -> None:
+    """The variable reaches the sweep, which is the one of the file."""
+    setting, _, script = shlex.split(command)
+    name, _, folder = setting.partition("=")
+    example = load_module(ROOT / script)
+    with mock.patch.dict(os.environ, {name: folder}):
+        overrides = example.choose_overrides(example.parse_arguments([]))
+    sweep = te.load_config(example.DEFAULT_SWEEP, overrides=overrides)
+    assert sweep == te.load_config(
+        ROOT / "configs/ucf101_video_grid.yaml", overrides=[f"config.data.root={folder}"]
+    )
+
+
+def check_pytest(command: str) -> None:
+    for path in re.findall(r"\btests/\S+", command):
+        assert list((ROOT / path).rglob("test_*.py")) or (ROOT / path).is_file(), path
+
+
+def no_check(command: str) -> None:
+    pass
+
+
+NOT_RUN: dict[str, tuple[str, Check]] = {
+    "make demo": ("installs everything and trains nine models for minutes", check_make),
+    "make test": ("this is it", check_make),
+    "make lint": ("installs; .ci/run does it", check_make),
+    "pip install --editable '.[video]'": ("installs", check_pip),
+    ".venv/bin/pip install --editable '.[dev]'": ("installs", check_pip),
+    "python3 -m venv .venv": ("would make an environment in the repository", no_check),
+    "source .venv/bin/activate": ("is for a person's shell", no_check),
+    "tune-easytrain run configs/ucf101_video_grid.yaml --set config.data.root=/data/UCF-101": (
+        "needs the 7 GB of UCF101 and GPUs",
+        check_plan_instead,
+    ),
+    "UCF101_ROOT=/data/UCF-101 python examples/ucf101.py": (
+        "needs the 7 GB of UCF101 and GPUs",
+        check_example,
+    ),
+    "ray up cluster/gpu.yaml": ("starts machines on AWS", check_ray),
+    "ray submit cluster/gpu.yaml examples/ucf101.py": ("needs those machines", check_ray),
+    "ray down cluster/gpu.yaml": ("ends those machines", check_ray),
+    "python -m pytest --ignore=tests/integration --ignore=tests/examples --ignore=tests/gpu": (
+        "the suite in the suite",
+        check_pytest,
+    ),
+    "python -m pytest tests/integration": ("the suite in the suite", check_pytest),
+    "python -m pytest tests/examples": ("the suite in the suite", check_pytest),
+    "python -m pytest tests/gpu": ("needs a GPU", check_pytest),
+    "python -m pytest tests/test_docs.py": ("this is it", check_pytest),
+    "python -m pytest tests/test_probe.py -k grow": ("the suite in the suite", check_pytest),
+    "pip wheel --no-deps --wheel-dir dist .": ("needs the build back end from PyPI", check_pip),
+    "git tag v0.1.0": ("changes the repository", no_check),
+}
+
+
+def check_demo_table(text: str) -> None:
+    """The table that `make demo` printed is one of its sweep as it stands, E reached exactly."""
+    heading, _, *lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
+    rows = [dict(zip(heading, line, strict=True)) for line in lines if line[0].startswith("trial_")]
+    config = te.load_config(ROOT / "configs/ucf101_demo.yaml")
+    trials = te.expand_trials(config)
+    empty = build_frame([], "val_accuracy", "max", ["model.type", "hp.batch_size"])
+    assert heading == summary_rows(empty, "val_accuracy", ["model.type", "hp.batch_size"])[0]
+    assert [row["model.type"] for row in rows] == [trial["model"]["type"] for trial in trials]
+    assert [int(row["hp.batch_size"]) for row in rows] == [trial["hp"]["batch_size"] for trial in trials]
+    budget = probe.format_bytes(config.batch.memory_budget or 0)
+    for row in rows:
+        plan = te.BatchPlan.build(int(row["E"]), int(row["m"]))
+        assert plan.effective_batch_size == config.batch.effective_batch_size
+        assert plan.accumulation_steps == int(row["k"])
+        assert row["peak / budget"].endswith(f"/ {budget}")
+        assert row["state"] == "finished"
+
+
+def check_run_directory(text: str) -> None:
+    run = documented_run("first")
+    names = re.findall(r"^\W*([\w./]*\w\.\w+|\w+/)(?=\s|$)", "\n".join(text.splitlines()[1:]), re.MULTILINE)
+    directory = RunDirectory(run)
+    known = [directory.train_function_path.name]
+    assert len(names) >= 6
+    for name in names:
+        assert name in known or list(run.rglob(name.rstrip("/"))), f"{name} is not in {run}"
+
+
+def check_modules(text: str) -> None:
+    for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b|\bcli\b|\bsweep\b|\btrial\b", text)):
+        assert (ROOT / "tune_easytrain" / f"{name}.py").is_file(), name
+
+
+TEXT_BLOCKS: dict[tuple[str, str], tuple[str, Check]] = {
+    ("README.md", "trial "): ("what `make demo` printed", check_demo_table),
+    ("docs/results.md", "runs/first_"): ("the run directory", check_run_directory),
+    ("CONTRIBUTING.md", "cli "): ("modules in their order", check_modules),
+}
+"""Blocks that are no code, by document and beginning: what each is, and what holds it to the truth."""
+
+
+# Running the blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it stands, and the exit code its commands must have."""
+
+    doc: str
+    line: int
+    language: str
+    text: str
+    exit_code: int
+
+    @property
+    def file_name(self) -> str | None:
+        """The file it is written to: named in a comment on its first line."""
+        match = re.match(r"# ([\w./-]+\.(?:py|yaml))$", self.text.splitlines()[0])
+        return match[1] if match else None
+
+
+def read_blocks(doc: str) -> list[Block]:
+    blocks: list[Block] = []
+    exit_code, start, language, lines = 0, 0, "", list[str]()
+    for number, line in enumerate((ROOT / doc).read_text().splitlines(), start=1):
+        if line.startswith("```") and not start:
+            start, language, lines = number, line[3:], []
+        elif line.startswith("```"):
+            blocks.append(Block(doc, start, language, "\n".join(lines), exit_code))
+            start = exit_code = 0
+        elif start:
+            lines.append(line)
+        elif match := re.match(r"<!-- exit code (\d+) -->", line):
+            exit_code = int(match[1])
+    assert not start, f"{doc}: a block is not closed"
+    return blocks
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+def call(arguments: Sequence[str]) -> Answer:
+    """Call `tune-easytrain` in this process, so that all sweeps share one Ray."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["tune-easytrain", *arguments])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def documented_run(name: str) -> Path:
+    """The first run of that name: the one that the documented command made."""
+    runs = sorted(Path("runs").glob(f"{name}_*"), key=lambda path: path.name)
+    assert runs, f"no sweep named {name} has been run before this"
+    return runs[0]
+
+
+def with_real_runs(text: str) -> str:
+    """The text with the run directories of this test."""
+    return RUN_DIR.sub(
+        lambda match: match[0][: match[0].index("runs/")] + str(documented_run(match[1])), text
+    )
+
+
+def run_command(command: str, exit_code: int) -> str:
+    if command in NOT_RUN:
+        NOT_RUN[command][1](command)
+        return ""
+    program, *arguments = shlex.split(with_real_runs(command))
+    assert program == "tune-easytrain", f"neither run here nor listed in NOT_RUN: {command}"
+    answer = call(arguments)
+    assert answer.code == exit_code, f"{command}: exit code {answer.code}\n{answer.err}{answer.out}"
+    return answer.err + answer.out
+
+
+def run_console(block: Block) -> None:
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        printed = run_command(command, block.exit_code)
+        if command not in NOT_RUN:
+            assert_shown(shown, printed, command)
+
+
+def assert_shown(shown: str, printed: str, command: str) -> None:
+    """Compare output line by line; the line `…` stands for any lines, measured numbers are not compared."""
+    pattern = "".join(r"(?:.*\n)*?" if line == "…" else re.escape(line) + r"\n" for line in comparable(shown))
+    text = "".join(f"{line}\n" for line in comparable(printed))
+    assert re.fullmatch(pattern, text), f"{command}\nis said to print\n{shown}\nand prints\n{printed}"
+
+
+def comparable(text: str) -> list[str]:
+    text = re.sub(r"─+", "─", RUN_DIR.sub("RUN", text))
+    text = re.sub(r"\b\d+(?:\.\d+)?(?: ?(?:[KMGT]iB|B|s)\b)", "#", text)
+    text = re.sub(r"\b\d+\.\d+(?:e[+-]\d+)?\b|\b\d{4,}\b", "#", text)
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def run_python(block: Block) -> None:
+    text = with_real_runs(block.text)
+    code = compile("\n" * block.line + text, str(ROOT / block.doc), "exec")
+    modules, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(code, {"__name__": "__documentation__"})
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(getattr(sys.modules[name], "__file__", None)).startswith(os.getcwd()):
+                del sys.modules[name]
+
+
+def run_yaml(block: Block) -> None:
+    """Load a fragment as the part of a sweep file that it is."""
+    source, faults = read_text(block.text, f"{block.doc}:{block.line}")
+    assert not faults
+    te.load_config({"batch": {"effective_batch_size": 8}, **source.data})
+
+
+def run_text(block: Block) -> None:
+    for (doc, beginning), (_, check) in TEXT_BLOCKS.items():
+        if block.doc == doc and block.text.startswith(beginning):
+            return check(block.text)
+    return pytest.fail("neither code nor listed in TEXT_BLOCKS")
+
+
+def run_sh(block: Block) -> None:
+    for command in block.text.splitlines():
+        run_command(command, block.exit_code)
+
+
+RUNNERS = {"python": run_python, "yaml": run_yaml, "sh": run_sh, "console": run_console, "text": run_text}
+
+
+class Workspace:
+    """A folder like a clone of the repository, in which each document is run once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._done: set[str] = set()
+        for name in ("configs", "examples", "cluster", "pyproject.toml"):
+            (path / name).symlink_to(ROOT / name)
+
+    def run(self, doc: str) -> None:
+        if doc in self._done:
+            return
+        self._done.add(doc)
+        blocks, failures = read_blocks(doc), list[str]()
+        with contextlib.chdir(self._path):
+            for number, block in enumerate(blocks):
+                try:
+                    self._run_block(block, blocks[number + 1 :])
+                except (Exception, pytest.fail.Exception) as error:
+                    failures.append(f"{doc}:{block.line}: {type(error).__name__}: {error}")
+        assert not failures, "\n\n".join(failures)
+
+    def _run_block(self, block: Block, later: Sequence[Block]) -> None:
+        assert block.language in RUNNERS, f"a block tagged {block.language!r}"
+        if block.file_name is not None:
+            Path(block.file_name).write_text(block.text + "\n")
+            used = (block.file_name, f"import {Path(block.file_name).stem}")
+            assert any(name in other.text for other in later for name in used), (
+                f"{block.file_name} is not used"
+            )
+        else:
+            RUNNERS[block.language](block)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    from tune_easytrain.cluster import ray_session
+
+    with ray_session("local"):
+        yield Workspace(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_every_block_runs(doc: str, workspace: Workspace) -> None:
+    workspace.run("README.md")  # whose sweep the other pages look at
+    workspace.run(doc)
+
+
+def test_every_command_listed_as_not_run_is_documented() -> None:
+    lines = {
+        line.removeprefix("$ ") for doc in DOCS for b in read_blocks(doc) for line in b.text.splitlines()
+    }
+    assert NOT_RUN.keys() - lines == set()
+
+
+# Tables
+
+
+def table_below(doc: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading, without its head, as cells."""
+    text = (ROOT / doc).read_text()
+    assert heading in text, f"{doc} has no {heading!r}"
+    lines = text[text.index(heading) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
+    return rows
+
+
+def code(cell: str) -> str:
+    match = re.match(r"`([^`]+)`", cell)
+    return match[1] if match else cell
+
+
+def shown_default(field: typing.Any) -> object:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, sections.Section):
+        return "a section"
+    return "not set" if default is None else default
+
+
+def literals(annotation: object) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    return [name for part in typing.get_args(annotation) for name in literals(part)]
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("### Top level\n", SweepConfig),
+        ("### `grid_search`\n", GridSearchConfig),
+        ("### `batch`\n", sections.BatchConfig),
+        ("### `train`\n", sections.TrainConfig),
+        ("### `trial`\n", sections.TrialConfig),
+        ("### `trial.resources`\n", sections.ResourcesConfig),
+        ("### `run`\n", sections.RunConfig),
+        ("### `run.scheduler`\n", sections.SchedulerConfig),
+    ],
+)
+def test_the_keys_and_defaults_of_the_sweep_file_are_the_codes(heading: str, model: type[BaseModel]) -> None:
+    rows = table_below("docs/sweep-file.md", heading)
+    assert [code(key) for key, *_ in rows] == list(model.model_fields)
+    for key, default, meaning in rows:
+        field = model.model_fields[code(key)]
+        told = read_text(code(default), "")[0].data if "`" in default else default
+        assert told == shown_default(field), key
+        for name in literals(field.annotation):
+            assert f"`{name}`" in meaning, f"{key} may be {name}"
+
+
+def test_the_columns_are_the_codes() -> None:
+    documented = [[code(name), *rest] for name, *rest in table_below("docs/results.md", "### Fixed columns")]
+    assert documented == [[c.name, c.dtype, c.unit or "–", c.meaning] for c in COLUMNS]
+
+
+def test_the_events_are_the_codes() -> None:
+    rows = {
+        code(name): cells for name, _, cells in table_below("docs/results.md", "## The events of a trial")
+    }
+    assert rows.keys() == events._KINDS.keys()
+    for kind, cells in rows.items():
+        fields = {field.name for field in dataclasses.fields(events._KINDS[kind])} - {"time"}
+        assert set(re.findall(r"`(\w+)`", cells)) == fields, kind
+
+
+def test_the_fields_of_a_task_are_the_codes() -> None:
+    rows = {code(name): needed for name, needed, _ in table_below("docs/tasks.md", "## The fields of a Task")}
+    fields = dataclasses.fields(te.Task)
+    assert list(rows) == [field.name for field in fields]
+    required = {
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    assert {name for name, needed in rows.items() if needed == "yes"} == required
+
+
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [("**The outcome of an attempt**", probe.Outcome), ("**What bounded the result**", probe.Bound)],
+)
+def test_the_outcomes_of_the_probe_are_the_codes(heading: str, names: type) -> None:
+    assert [code(name) for name, _ in table_below("docs/tasks.md", heading)] == list(names)
+
+
+def test_the_trial_of_a_training_function_has_what_is_said() -> None:
+    text = (ROOT / "docs/tasks.md").read_text()
+    names = [code(name).partition("(")[0] for name, _ in table_below("docs/tasks.md", "What `trial` has:")]
+    assert "load_checkpoint" in names
+    for name in names:
+        assert name in te.TrialContext.__dataclass_fields__ or hasattr(te.TrialContext, name), name
+    assert all(size in text for size in ("5 tries", "10 %", "1.5 times", "first eight", "(2 samples)"))
+    assert (probe.MAX_ATTEMPTS, probe.SMALLEST_GAIN) == (5, 0.10)
+
+
+# Links, length, versions
+
+
+def anchors(doc: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / doc).read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(str(path.resolve().relative_to(ROOT.resolve()))), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
+def test_the_changelog_knows_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version == te.__version__
+    assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_licence_is_the_one_that_is_named() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_cluster_file_has_the_places_that_the_readme_counts() -> None:
+    assert len(re.findall(r"# SET:", (ROOT / "cluster/gpu.yaml").read_text())) == 3

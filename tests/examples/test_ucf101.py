@@ -167,7 +167,7 @@ def test_the_data_of_the_demo(demo_data):
     config |= {"train": {"epochs": 2}, "batch": {"effective_batch_size": 10}}
     task = ucf101.build_task(config)
     train, validation = task.train_data(), task.val_data()
-    assert (len(train), len(validation)) == (24, 8)
+    assert (len(train), len(validation)) == (36, 12)
     clip, label = pickle.loads(pickle.dumps(train))[0]
     assert (clip.shape, clip.dtype, label) == ((3, 8, 32, 32), torch.float32, 0)
     assert abs(float(clip.mean())) < 2  # normalised

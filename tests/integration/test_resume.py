@@ -27,11 +27,11 @@ PATIENCE_SECONDS = 120
 
 @pytest.fixture
 def slow_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
-    """Six trials of a few seconds each, one at a time, so that a kill lands in the middle."""
+    """Four trials of a second or two each, one at a time, so that a kill lands in the middle."""
     toy_sweep["config"] |= {"toy": {"seconds_per_loss": 0.05}}
     toy_sweep["grid_search"]["grid"] = {
-        "model.type": ["small", "medium", "large"],
-        "hp.batch_size": [4, 7, 10],
+        "model.type": ["small", "large"],
+        "hp.batch_size": [4, 7],
         "hp.learning_rate": [1e-2, 1e-3],
     }
     toy_sweep["train"] = {"epochs": 4}
@@ -71,7 +71,7 @@ def start_and_kill_in_the_third_trial(sweep: dict[str, Any], tmp_path: Path) -> 
 def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp_path):
     results = start_and_kill_in_the_third_trial(slow_sweep, tmp_path)
     killed = results.frame()
-    assert list(killed["state"]) == ["finished", "finished", "training", "pending", "pending", "pending"]
+    assert list(killed["state"]) == ["finished", "finished", "training", "pending"]
     finished_files = [results.run_dir / "trials" / f"{trial}.jsonl" for trial in killed["trial_id"][:2]]
     before = [file.read_bytes() for file in finished_files]
 
@@ -88,20 +88,18 @@ def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp
     assert [report["epoch"] for report in third.reports] == [1, 2, 3, 4]
 
     slow_sweep["config"]["toy"]["seconds_per_loss"] = 0
-    undisturbed = te.run(slow_sweep, quiet=True).frame()
+    undisturbed = te.run(slow_sweep, quiet=True, debug=True).frame()
     assert frame[SAME_IN_ANY_RUN].equals(undisturbed[SAME_IN_ANY_RUN])
 
 
-def test_a_finished_sweep_resumed_runs_nothing(toy_sweep, local_ray):
-    results = te.run(toy_sweep, quiet=True)
+def test_a_finished_sweep_resumed_runs_nothing_and_one_without_rays_record_starts_anew(toy_sweep, local_ray):
+    results = te.run(toy_sweep, quiet=True, max_experiments=1)
     before = results.frame()
     after = te.resume(results.run_dir, quiet=True).frame()
     assert after.equals(before)
     assert all(record.state is TrialState.FINISHED for record in results.records())
 
-
-def test_a_driver_killed_before_ray_saved_anything_starts_anew(toy_sweep, local_ray):
-    results = te.run(toy_sweep, quiet=True, max_experiments=1)
+    # As if the driver had been killed before Ray saved anything:
     for file in (results.run_dir / "trials").iterdir():
         file.write_text(file.read_text().splitlines()[0] + "\n")  # only `created` is left
     for file in sorted((results.run_dir / "ray").rglob("*"), reverse=True):

@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DATA := $(CURDIR)/data/ucf101_demo
 
-# Byte-compiling all of torch takes longer than compiling what is imported when it is imported.
+# pip compiles on one core; compileall, below, on all.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
@@ -38,4 +38,5 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[$*]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	touch $@

@@ -116,7 +116,7 @@ def test_not_enough_memory_names_tries_budget_and_remedies() -> None:
         probe(device(0), limit=64)
     message = str(caught.value)
     assert "not even one sample fits into 1.5 GiB" in message
-    assert [line.split(":")[0].strip() for line in message.splitlines()[1:-1]] == [
+    assert [line.split(":")[0].strip() for line in message.splitlines()[1:]] == [
         f"micro-batch {size}" for size in (64, 32, 16, 8, 1)
     ]
     for remedy in ("batch.memory_budget", "batch.memory_fraction", "bf16", "larger device"):

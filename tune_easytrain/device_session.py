@@ -121,6 +121,8 @@ class DeviceSession:
         effective = self._settings.effective_batch_size
         if effective is None or microbatch_limit is None:
             return None
+        if self._num_train_samples is not None:
+            effective = min(effective, self._num_train_samples)
         return BatchPlan.build(effective, min(microbatch_limit, effective))
 
     def _count_train_samples(self) -> int | None:

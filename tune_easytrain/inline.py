@@ -10,20 +10,12 @@ from tune_easytrain.config import SweepConfig
 from tune_easytrain.device_session import DeviceSession
 from tune_easytrain.errors import TuneEasyTrainError
 from tune_easytrain.events import Finished, Reported, Started
-from tune_easytrain.probe import find_largest
 from tune_easytrain.protocol import Opening, Report
 from tune_easytrain.recorder import SweepRecorder
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.search_space import build_trial_space, param_space
 from tune_easytrain.settings import TrialSettings
-from tune_easytrain.trial import (
-    describe_plan,
-    failed_event,
-    microbatch_limit,
-    probed_event,
-    require_metric,
-    search_start,
-)
+from tune_easytrain.trial import describe_plan, failed_event, find_limit, require_metric
 
 
 def run_trials_inline(
@@ -67,20 +59,12 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
     try:
         opened = session.opened()
         require_metric(settings.metric, opened.metric_names)
-        limit = microbatch_limit(settings, opened)
-        if limit is not None and settings.probe == "auto":
-            start, search = search_start(settings, opened)
-            result = find_largest(
-                lambda size: session.attempt(size).attempt,
-                limit=limit,
-                budget_bytes=opened.budget_bytes,
-                start=start,
-                search=search,
-            )
-            limit = result.microbatch_size
-            recorder.record(
-                name, probed_event(result.attempts, result.budget_bytes, limit, result.bounded_by)
-            )
+        limit = find_limit(
+            lambda size: session.attempt(size).attempt,
+            settings,
+            opened,
+            lambda event: recorder.record(name, event),
+        )
         recorder.record(name, describe_plan(settings, opened, limit))
         reasons = ["the training function returned"]
 

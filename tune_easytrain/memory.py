@@ -17,7 +17,7 @@ CUDA_RESERVE_BYTES = 256 * 2**20
 """Kept out of a GPU's budget: the context and library handles live outside torch's allocator."""
 
 _HEADROOM_FRACTION = 0.02
-_HEADROOM_BYTES = 64 * 2**20
+_HEADROOM_BYTES = 96 * 2**20
 _LARGEST_HEADROOM_FRACTION = 0.1
 
 _MEMORY_MESSAGES = (

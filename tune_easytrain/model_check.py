@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +79,7 @@ def _fault(
     if isinstance(error, UnknownNameError):
         problem, remedy = f"unknown name {error.value!r}", did_you_mean(error.value, error.valid)
     elif value is not None and str(value) in str(error):
-        remedy = did_you_mean(value, [*known, *_torchvision_names()])
+        remedy = did_you_mean(value, [*known, *_torchvision_names(error)])
     elif isinstance(error, BadInputError):
         problem = str(error)
     else:
@@ -110,13 +112,20 @@ def _value_at(trial: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _torchvision_names() -> list[str]:
-    import torchvision
-
+def _torchvision_names(error: Exception) -> list[str]:
+    """Return torchvision's models where it was torchvision that refused the name."""
+    torchvision = sys.modules.get("torchvision")
+    frames = _frames(error)
+    if torchvision is None or not frames or f"{os.sep}torchvision{os.sep}" not in frames[-1].filename:
+        return []
     names: list[str] = torchvision.models.list_models()
     return names
 
 
 def _where(error: Exception) -> str:
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ is not None else []
+    frames = _frames(error)
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _frames(error: Exception) -> list[inspect.FrameInfo]:
+    return inspect.getinnerframes(error.__traceback__) if error.__traceback__ is not None else []

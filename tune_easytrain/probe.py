@@ -144,9 +144,9 @@ def find_largest(
     if best is None:
         tried = "\n".join(f"  {describe_attempt(a, budget_bytes)}" for a in attempts)
         raise NotEnoughMemoryError(
-            f"not even one sample fits into {format_bytes(budget_bytes)}; tried:\n{tried}\n"
-            "Raise batch.memory_budget or batch.memory_fraction, use a larger device, train.precision: bf16, "
-            "a smaller input or a smaller model."
+            f"not even one sample fits into {format_bytes(budget_bytes)}: raise batch.memory_budget or "
+            "batch.memory_fraction, use a larger device, train.precision: bf16, a smaller input or a smaller "
+            f"model; tried:\n{tried}"
         )
     return ProbeResult(best, tuple(attempts), budget_bytes, _bound(attempts, best, limit, start, search))
 

@@ -131,9 +131,8 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
                 f"micro-batches of at most {event.microbatch_size} on {event.device}{note}"
             )
         case Reported():
-            values = ", ".join(
-                f"{key} {event.metrics[key]:.4g}" for key in ("train_loss", metric) if key in event.metrics
-            )
+            shown = dict.fromkeys(["train_loss", metric])
+            values = ", ".join(f"{key} {event.metrics[key]:.4g}" for key in shown if key in event.metrics)
             return f"{name}: epoch {event.metrics['epoch']:g}: {values}"
         case Failed():
             return f"{name}: failed: {event.error}"

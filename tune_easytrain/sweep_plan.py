@@ -43,7 +43,7 @@ class SweepPlan:
 
     `trials` has one entry per grid point that is run, each of them `num_samples` times. `num_trials` counts
     those runs, `num_all_trials` what it would be without `max_experiments`, and `num_cartesian_trials` what
-    it would be if no keys were paired either.
+    it would be if no keys were paired either. `drawn` are the keys whose values distributions give.
     """
 
     pairing: PairingPlan
@@ -51,6 +51,7 @@ class SweepPlan:
     num_samples: int
     num_all_trials: int
     num_cartesian_trials: int
+    drawn: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -71,7 +72,16 @@ class SweepPlan:
             f"Mode: {self.pairing.mode}. {self.pairing.reason}",
             f"{self.num_trials}{cut} trials; the Cartesian product would have been "
             f"{self.num_cartesian_trials}{saved}.",
+            *self._describe_drawn(),
             *(f"Warning: {warning}" for warning in self.warnings),
+        ]
+
+    def _describe_drawn(self) -> list[str]:
+        if not self.drawn:
+            return []
+        times = "once" if self.num_samples == 1 else f"{self.num_samples} times"
+        return [
+            f"Each of the {len(self.trials)} grid points is run {times}, drawing {', '.join(self.drawn)}."
         ]
 
     def hours(self, hours_per_trial: float) -> tuple[float, float]:
@@ -103,6 +113,7 @@ def build_plan(config: SweepConfig, max_experiments: int | None = None) -> Sweep
         num_samples=num_samples,
         num_all_trials=num_trials(config),
         num_cartesian_trials=math.prod(map(len, listed)) * num_samples,
+        drawn=tuple(distributions(config.grid_search)),
         warnings=tuple(warning for warning in warnings if warning),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.child_process import ChildProcess
 from tune_easytrain.errors import MetricError, NotEnoughMemoryError, did_you_mean
 from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started, TrainingEnded
-from tune_easytrain.probe import Attempt, Bound, ProbeResult, Search, find_largest
+from tune_easytrain.probe import Attempt, Bound, Search, find_largest
 from tune_easytrain.protocol import Continue, Finished, Opened, Opening, Report, TrainRequest
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial_children import TrialChildren
@@ -54,9 +54,8 @@ def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
     try:
         opened = children.open()
         require_metric(spec.settings.metric, opened.metric_names)
-        limit = microbatch_limit(spec.settings, opened)
-        if limit is not None and spec.settings.probe == "auto":
-            limit = _probe(children, opened, spec.settings, limit, emit).microbatch_size
+        timeout_seconds = spec.settings.probe_timeout_seconds
+        limit = find_limit(lambda size: children.attempt(size, timeout_seconds), spec.settings, opened, emit)
         emit(describe_plan(spec.settings, opened, limit))
         yield from _train(children.for_training(), limit, spec.settings.metric, emit)
     except GeneratorExit:
@@ -113,36 +112,40 @@ def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) ->
 
 
 def failed_event(error: BaseException) -> Failed:
-    """Return the event of a trial that ended with `error`."""
-    notes = "\n".join(getattr(error, "__notes__", []))
-    return Failed(error=f"{type(error).__name__}: {error}", details=notes)
+    """Return the event of a trial that ended with `error`: one line, and everything there is to know."""
+    text = f"{type(error).__name__}: {error}"
+    return Failed(error=text.splitlines()[0], details="\n".join([text, *getattr(error, "__notes__", [])]))
 
 
-def _probe(
-    children: TrialChildren, opened: Opened, settings: TrialSettings, limit: int, emit: Emit
-) -> ProbeResult:
-    start, search = search_start(settings, opened)
+def find_limit(
+    run_attempt: Callable[[int], Attempt], settings: TrialSettings, opened: Opened, emit: Emit
+) -> int | None:
+    """Return the most samples one micro-batch may hold: what the probe finds, or what the sweep gives.
+
+    `run_attempt` tries one size on the device. Raises NotEnoughMemoryError when not even one sample fits.
+    """
+    limit = microbatch_limit(settings, opened)
+    if limit is None or settings.probe == "off":
+        return limit
     attempts: list[Attempt] = []
 
     def attempt(microbatch_size: int) -> Attempt:
-        attempts.append(children.attempt(microbatch_size, settings.probe_timeout_seconds))
+        attempts.append(run_attempt(microbatch_size))
         return attempts[-1]
 
+    start, search = search_start(settings, opened)
     try:
         result = find_largest(
             attempt, limit=limit, budget_bytes=opened.budget_bytes, start=start, search=search
         )
     except NotEnoughMemoryError:
-        emit(probed_event(attempts, opened.budget_bytes, None, Bound.MEMORY))
+        emit(_probed_event(attempts, opened.budget_bytes, None, Bound.MEMORY))
         raise
-    emit(probed_event(result.attempts, result.budget_bytes, result.microbatch_size, result.bounded_by))
-    return result
+    emit(_probed_event(attempts, opened.budget_bytes, result.microbatch_size, result.bounded_by))
+    return result.microbatch_size
 
 
-def probed_event(
-    attempts: tuple[Attempt, ...] | list[Attempt], budget_bytes: int, size: int | None, bound: Bound
-) -> Probed:
-    """Return the event of a probe that found `size`, or nothing."""
+def _probed_event(attempts: Sequence[Attempt], budget_bytes: int, size: int | None, bound: Bound) -> Probed:
     return Probed(
         microbatch_size=size,
         budget_bytes=budget_bytes,

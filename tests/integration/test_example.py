@@ -15,6 +15,8 @@ import tune_easytrain as te
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = [
+    "grid_search.grid.model.type=[s3d, r3d_18]",
+    "grid_search.grid.hp.batch_size=[8, 8]",
     "train.epochs=1",
     "train.loader_workers=0",
     "trial.resources.gpu=0",
@@ -62,12 +64,13 @@ def test_the_script_alone_trains_on_real_clips(lone_script, demo_data, tmp_path)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     (row,) = te.load_results(run_dir).frame().to_dict("records")
-    assert row["model.type"] == "r3d_18"
+    assert row["model.type"] == "s3d"
     assert row["state"] == "finished"
     assert row["effective_batch_size"] == 10
     assert row["num_samples"] == 36
     assert row["optimizer_steps"] == 4
-    assert "r3d_18" in done.stdout
+    assert row["microbatch_size"] == 5
+    assert "s3d" in done.stdout
 
 
 def test_without_a_gpu_the_full_sweep_says_so_before_anything_starts(lone_script, demo_data):

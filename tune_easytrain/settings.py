@@ -51,18 +51,12 @@ class TrialSettings:
     def from_config(
         cls, config: Mapping[str, Any], *, metric: str, mode: Literal["min", "max"]
     ) -> TrialSettings:
-        """Read one trial's nested config, whose `batch` and `train` sections are complete.
-
-        With `batch.effective_batch_size`, `hp.batch_size` limits the micro-batch; without, it is the
-        effective batch size itself.
-        """
+        """Read one trial's nested config, whose `batch` and `train` sections are complete."""
         batch, train = config["batch"], config["train"]
-        hyperparameters = config.get("hp")
-        given = hyperparameters.get("batch_size") if isinstance(hyperparameters, Mapping) else None
-        effective = batch["effective_batch_size"]
+        effective_batch_size, microbatch_limit = batch_sizes(config)
         return cls(
-            effective_batch_size=given if effective is None else effective,
-            microbatch_limit=None if effective is None else given,
+            effective_batch_size=effective_batch_size,
+            microbatch_limit=microbatch_limit,
             memory_fraction=batch["memory_fraction"],
             memory_budget_bytes=batch["memory_budget"],
             probe=batch["probe"],
@@ -86,3 +80,19 @@ class TrialSettings:
         if best is None:
             return True
         return value < best if self.mode == "min" else value > best
+
+
+def batch_sizes(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return a trial's effective batch size and the limit of its micro-batch, in samples.
+
+    With `batch.effective_batch_size`, `hp.batch_size` is the limit; without, it is the effective batch size
+    itself. None stands for what is not given.
+    """
+    given, effective = given_batch_size(config), config["batch"]["effective_batch_size"]
+    return (given, None) if effective is None else (effective, given)
+
+
+def given_batch_size(config: Mapping[str, Any]) -> int | None:
+    """Return a trial's `hp.batch_size`, None where there is none."""
+    hyperparameters = config.get("hp")
+    return hyperparameters.get("batch_size") if isinstance(hyperparameters, Mapping) else None

@@ -18,6 +18,7 @@ from tune_easytrain.search_space import (
     listed_values,
     num_trials,
 )
+from tune_easytrain.settings import batch_sizes, given_batch_size
 from tune_easytrain.trial_space import TrialSpace
 
 _EFFECTIVE_KEY = "batch.effective_batch_size"
@@ -118,22 +119,6 @@ def build_plan(config: SweepConfig, max_experiments: int | None = None) -> Sweep
     )
 
 
-def batch_sizes(trial_config: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Return a trial's effective batch size and the limit of its micro-batch, in samples.
-
-    With `batch.effective_batch_size`, `hp.batch_size` is the limit; without, it is the effective batch size
-    itself. None stands for what is not given.
-    """
-    own = _own_batch_size(trial_config)
-    effective = trial_config["batch"]["effective_batch_size"]
-    return (own, None) if effective is None else (effective, own)
-
-
-def _own_batch_size(trial_config: dict[str, Any]) -> int | None:
-    group = trial_config.get("hp")
-    return group.get("batch_size") if isinstance(group, dict) else None
-
-
 def _planned(
     space: TrialSpace, drawn: frozenset[str], keys: tuple[str, ...], point: tuple[Any, ...]
 ) -> PlannedTrial:
@@ -142,7 +127,7 @@ def _planned(
         config.pop("hp", None)
     effective, limit = batch_sizes(config)
     if _EFFECTIVE_KEY in drawn:
-        effective, limit = None, _own_batch_size(config)
+        effective, limit = None, given_batch_size(config)
     return PlannedTrial(dict(zip(keys, point, strict=True)), effective, limit)
 
 

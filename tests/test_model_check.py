@@ -57,8 +57,21 @@ def test_models_are_built_without_storage() -> None:
     def huge() -> nn.Module:
         return nn.Linear(2**20, 2**20)  # 4 TiB
 
-    config = load_config({"batch": {"effective_batch_size": 8}})
+    config = load_config({"batch": {"effective_batch_size": 8}, "run": {"metric": "train_loss"}})
     assert check_models(config, pickle_function(lambda config: task_with(huge), "task")) == 1
+
+
+def test_a_metric_that_the_loop_will_not_report_is_told_with_the_nearest(tmp_path: Path) -> None:
+    (fault,) = faults(
+        load_config(
+            {
+                "batch": {"effective_batch_size": 8},
+                "config": {"model": {"type": "small"}},
+                "run": {"metric": "val_los"},
+            }
+        )
+    )
+    assert (fault.path, fault.remedy) == ("run.metric", "did you mean 'val_loss'?")
 
 
 def test_an_unknown_name_is_told_at_its_line_with_the_nearest(tmp_path: Path) -> None:

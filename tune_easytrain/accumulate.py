@@ -47,7 +47,7 @@ def accumulate_gradients(
         weight: how many things the mean of a batch averages over; default: its samples.
 
     Raises:
-        ValueError: the window holds nothing at all.
+        ValueError: the window holds nothing at all, or the loss is not a single number.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -68,7 +68,7 @@ def accumulate_gradients(
         share = float(num_samples if weight is None else weight(batch))
         sizes.append(num_samples)
         if share:
-            weighted = loss(model, batch) * share
+            weighted = _single_number(loss(model, batch)) * share
             weighted.backward()  # type: ignore[no-untyped-call]
             # Sums stay on the device: reading each one would wait for the device after every micro-batch.
             total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
@@ -80,3 +80,10 @@ def accumulate_gradients(
     if gradients:
         torch._foreach_div_(gradients, total_weight)
     return AccumulationRecord(float(total_loss) / total_weight, sum(sizes), total_weight, tuple(sizes))
+
+
+def _single_number(loss: Tensor) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+    raise ValueError(f"the loss has {found}; it must be a tensor of one number, the mean over the batch")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from tune_easytrain.yaml_source import read_file
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster's description on its head node."""
 
+_HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)\Z")
+_CONNECT_SECONDS = 10.0
 _TOLERANCE = 1e-6
 
 
@@ -36,6 +40,7 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
     if ray.is_initialized():
         yield
         return
+    _check_reachable(address)
     # What a sweep says is in its events and its table; Ray's own lines would bury it.
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -59,6 +64,20 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise BadInputError where nothing listens at `address`; Ray itself would try for minutes."""
+    match = _HOST_AND_PORT.match(address or "")
+    if match is None:
+        return
+    try:
+        socket.create_connection((match["host"], int(match["port"])), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise BadInputError(
+            f"--address {address}: nothing answers there ({error}); give the address that `ray start --head` "
+            "printed, or 'local'"
+        ) from None
 
 
 def resource_bundle(trial: TrialConfig) -> dict[str, float]:
@@ -93,6 +112,17 @@ def check_resources(trial: TrialConfig) -> None:
         f"trial.resources: each trial asks for {wanted}, which no node of the cluster has; "
         f"nodes: {'; '.join(_describe(node) for node in present) or 'none'}. {hint}, or use a larger cluster"
     )
+
+
+def check_local_gpu(trial: TrialConfig) -> None:
+    """Raise InsufficientResourcesError where a trial asks for a GPU and this machine has none."""
+    import torch
+
+    if trial.resources.gpu and not torch.cuda.is_available():
+        raise InsufficientResourcesError(
+            f"trial.resources: each trial asks for {trial.resources.gpu:g} GPU, and torch sees none on this "
+            "machine; --set trial.resources.gpu=0 trains on the CPU"
+        )
 
 
 def trials_per_node(trial_bundle: Mapping[str, float], node_id: str) -> int:

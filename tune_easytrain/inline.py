@@ -15,7 +15,7 @@ from tune_easytrain.recorder import SweepRecorder
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.search_space import build_trial_space, param_space
 from tune_easytrain.settings import TrialSettings
-from tune_easytrain.trial import describe_plan, failed_event, find_limit, require_metric
+from tune_easytrain.trial import describe_plan, failed_event, find_limit, require_metric, require_report
 
 
 def run_trials_inline(
@@ -67,8 +67,11 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
         )
         recorder.record(name, describe_plan(settings, opened, limit))
         reasons = ["the training function returned"]
+        num_reports = 0
 
         def take(report: Report) -> None:
+            nonlocal num_reports
+            num_reports += 1
             require_metric(settings.metric, report.metrics)
             recorder.record(
                 name, Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes)
@@ -77,6 +80,7 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
                 reasons.append(report.reason)
 
         session.train(limit, take)
+        require_report(settings.metric, num_reports)
         recorder.record(name, Finished(reason=reasons[-1]))
     finally:
         session.memory.uncap()

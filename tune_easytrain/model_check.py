@@ -12,6 +12,7 @@ from typing import Any
 import cloudpickle
 import torch
 
+from tune_easytrain import train_loop
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
 from tune_easytrain.search_space import grid_keys, grid_points, trial_config
@@ -31,6 +32,7 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
     build_task = cloudpickle.loads(task_payload)
     keys, built, faults = grid_keys(config), set(), []
     known: list[str] = []
+    task: Task | None = None
     failures: list[tuple[tuple[Any, ...], dict[str, Any], Exception]] = []
     for point in grid_points(config, max_experiments):
         trial = trial_config(config, point)
@@ -39,25 +41,55 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
             continue
         built.add(signature)
         try:
-            _build_on_meta(build_task, trial)
+            task = _build_on_meta(build_task, trial)
             known.append(str(_value_at(trial, _MODEL_KEY)))
         except Exception as error:  # noqa: BLE001 -- whatever the user's code raises becomes a fault
             failures.append((point, trial, error))
     for point, trial, failure in failures:
         faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, failure, known))
+    if task is not None and config.train.function is None:
+        faults += _metric_faults(config, train_loop.metric_names(task))
     if faults:
         raise ConfigError(faults)
     return len(built)
 
 
-def _build_on_meta(build_task: Any, trial: dict[str, Any]) -> None:
+def _metric_faults(config: SweepConfig, names: Sequence[str]) -> list[Fault]:
+    """Return the fault that the built-in loop will not report the sweep's metric, if it will not."""
+    metric = config.run.metric
+    if metric in names:
+        return []
+    problem, remedy = f"{metric!r} is not reported by this task", did_you_mean(metric, names)
+    if config.source_path is None:
+        return [Fault("<config>", "run.metric", problem, remedy)]
+    source, _ = read_file(config.source_path)
+    return [source.fault(("run", "metric"), problem, remedy)]
+
+
+def _build_on_meta(build_task: Any, trial: dict[str, Any]) -> Task:
     task = build_task(trial)
     if not isinstance(task, Task):
-        raise TaskError(f"the task function returned a {type(task).__name__}, not a tune_easytrain.Task")
+        kind = type(task).__name__
+        raise TaskError(f"the task function returned a {kind}, not a tune_easytrain.Task (no `return`?)")
+    _check_fields(task)
     with torch.device("meta"):
         model = task.model()
     if not isinstance(model, torch.nn.Module):
         raise TaskError(f"the task's model() returned a {type(model).__name__}, not a torch.nn.Module")
+    return task
+
+
+def _check_fields(task: Task) -> None:
+    """Raise TaskError for what is an object where the task wants a function that builds it."""
+    if isinstance(task.model, torch.nn.Module):
+        raise TaskError("the task's model is a module itself; give a function that builds it: lambda: ...")
+    for name, build in task.metrics.items():
+        if isinstance(build, torch.nn.Module):  # torchmetrics are modules
+            raise TaskError(
+                f"metrics[{name!r}] is a metric itself; give a function that builds it: lambda: ..."
+            )
+    if task.metrics and task.predict is None:
+        raise TaskError("the task has metrics but no `predict` to give them predictions and targets")
 
 
 def _model_signature(trial: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import pandas as pd
 
+from tune_easytrain.errors import BadInputError
 from tune_easytrain.events import load_events
 from tune_easytrain.probe import format_bytes
 from tune_easytrain.run_directory import RunDirectory
@@ -104,8 +105,11 @@ class SweepResults:
         return [key for key, values in grid.items() if not isinstance(values, list) or len(values) > 1]
 
     def save_csv(self, path: str | Path) -> None:
-        """Write the frame as CSV."""
-        self.frame().to_csv(path, index=False)
+        """Write the frame as CSV; raises BadInputError where the file cannot be written."""
+        try:
+            self.frame().to_csv(path, index=False)
+        except OSError as error:
+            raise BadInputError(f"cannot write {path}: {error}; choose another file") from None
 
     def _config_keys(self) -> list[str]:
         sweep = self.sweep()

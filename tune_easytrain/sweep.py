@@ -11,7 +11,7 @@ from ray.util.queue import Queue
 from rich.console import Console
 
 from tune_easytrain.child_process import slow_modules_in_use
-from tune_easytrain.cluster import check_resources, placement, ray_session, resource_bundle
+from tune_easytrain.cluster import check_local_gpu, check_resources, placement, ray_session, resource_bundle
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.events import Created
 from tune_easytrain.inline import run_trials_inline
@@ -74,6 +74,7 @@ def run(
         check_models(config, task, max_experiments)
     num_points = len(grid_points(config, max_experiments))
     if debug:
+        check_local_gpu(config.trial)
         directory = _create(config, task, function, num_points)
         with _display(config, directory, console) as progress:
             recorder = SweepRecorder(directory, _records(directory), progress.watch)

@@ -161,6 +161,7 @@ def _train(child: ChildProcess, limit: int | None, metric: str, emit: Emit) -> I
     while True:
         message = child.receive()
         if isinstance(message, Finished):
+            require_report(metric, num_reports)
             if not has_ended:
                 emit(TrainingEnded(reason="the training function returned"))
             return
@@ -179,6 +180,14 @@ def require_metric(metric: str, names: Collection[str] | None) -> None:
     """Raise MetricError unless the sweep's metric is among the names reported; None: they are not known."""
     if names is not None and metric not in names:
         raise MetricError(f"run.metric: {metric!r} is not reported; {did_you_mean(metric, sorted(names))}")
+
+
+def require_report(metric: str, num_reports: int) -> None:
+    """Raise MetricError for a training function that returned without a single report."""
+    if num_reports == 0:
+        raise MetricError(
+            f"run.metric: the training function returned without trial.report(), so {metric!r} is not known"
+        )
 
 
 def _opening(spec: TrialSpec, scratch_dir: str) -> Opening:

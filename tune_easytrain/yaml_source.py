@@ -89,6 +89,9 @@ class YamlSource:
         for length in range(len(path), -1, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
+        if path and path not in self.lines:  # a mapping that came into being around a replaced value
+            below = [origin for known, origin in self.origins.items() if known[: len(path)] == path]
+            return below[0] if below else self.source
         return self.source
 
     def replace(self, path: YamlPath, value: Any, origin: str) -> YamlSource:

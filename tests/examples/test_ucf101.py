@@ -176,7 +176,7 @@ def test_the_data_of_the_demo(demo_data):
     assert model.fc.out_features == 4  # classInd.txt counts, not data.num_classes
     optimizer = task.optimizer(torch.nn.Linear(2, 2))
     scheduler = task.scheduler(optimizer)
-    for _ in range(6):  # ceil(24 / 10) steps an epoch
+    for _ in range(8):  # ceil(36 / 10) steps an epoch
         optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(0)

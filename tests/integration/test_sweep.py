@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from integration_tasks import train_by_hand
+from integration_tasks import train_by_hand, train_in_silence
 
 import tune_easytrain as te
 from tune_easytrain.errors import InsufficientResourcesError
@@ -100,12 +100,19 @@ def test_what_cannot_fit_at_all_says_what_was_tried(toy_sweep):
     assert row["probe_attempts"] == 4
 
 
-def test_a_metric_that_nobody_reports_is_told_in_the_first_trial_that_max_experiments_keeps(toy_sweep):
+def test_a_metric_that_nobody_reports_is_refused_before_anything_starts(toy_sweep):
     toy_sweep["run"]["metric"] = "val_acuracy"
+    with pytest.raises(te.ConfigError, match=r"run\.metric: 'val_acuracy'.*did you mean 'val_accuracy'"):
+        run(toy_sweep)
+    assert not Path(toy_sweep["run"]["storage"]).exists()
+
+
+def test_a_training_function_that_never_reports_has_failed(toy_sweep):
+    toy_sweep["train"]["function"] = f"{TASKS}:{train_in_silence.__name__}"
     frame = run(toy_sweep, max_experiments=1).frame()
     assert list(frame["model.type"]) == ["small"]
     assert list(frame["state"]) == ["failed"]
-    assert "did you mean 'val_accuracy'" in frame["error"][0]
+    assert "without trial.report()" in frame["error"][0]
 
 
 def test_drawn_values_give_one_trial_per_sample(toy_sweep):

@@ -61,7 +61,7 @@ def test_models_are_built_without_storage() -> None:
     assert check_models(config, pickle_function(lambda config: task_with(huge), "task")) == 1
 
 
-def test_a_metric_that_the_loop_will_not_report_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_a_metric_that_the_loop_will_not_report_is_told_with_the_nearest() -> None:
     (fault,) = faults(
         load_config(
             {
@@ -71,7 +71,10 @@ def test_a_metric_that_the_loop_will_not_report_is_told_with_the_nearest(tmp_pat
             }
         )
     )
-    assert (fault.path, fault.remedy) == ("run.metric", "did you mean 'val_loss'?")
+    assert (fault.path, fault.remedy) == (
+        "run.metric",
+        "did you mean 'val_loss' or 'train_loss'?",
+    )
 
 
 def test_an_unknown_name_is_told_at_its_line_with_the_nearest(tmp_path: Path) -> None:

@@ -108,11 +108,12 @@ def plan(
     config = _load(file, overrides)
     sweep_plan = build_plan(config, max_experiments)
     if as_json:
-        from tune_easytrain.search_space import trial_config
+        from tune_easytrain.search_space import build_trial_space
 
+        space = build_trial_space(config)
         trials = [
             {
-                "config": trial_config(config, tuple(trial.values.values())),
+                "config": space.config(tuple(trial.values.values())),
                 "effective_batch_size": trial.effective_batch_size,
                 "microbatch_limit": trial.microbatch_limit,
             }

@@ -15,7 +15,7 @@ import torch
 from tune_easytrain import train_loop
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
-from tune_easytrain.search_space import grid_keys, grid_points, trial_config
+from tune_easytrain.search_space import build_trial_space, grid_keys, grid_points
 from tune_easytrain.task import Task
 from tune_easytrain.yaml_source import read_file
 
@@ -29,13 +29,13 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
     Raises ConfigError with one fault per model that cannot be built, at the line that asks for it. What
     fails for want of data is left to the trial.
     """
-    build_task = cloudpickle.loads(task_payload)
+    build_task, space = cloudpickle.loads(task_payload), build_trial_space(config)
     keys, built, faults = grid_keys(config), set(), []
     known: list[str] = []
     task: Task | None = None
     failures: list[tuple[tuple[Any, ...], dict[str, Any], Exception]] = []
     for point in grid_points(config, max_experiments):
-        trial = trial_config(config, point)
+        trial = space.config(point)
         signature = _model_signature(trial)
         if signature in built:
             continue

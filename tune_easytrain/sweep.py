@@ -76,8 +76,9 @@ def run(
     if debug:
         check_local_gpu(config.trial)
         directory = _create(config, task, function, num_points)
-        with _display(config, directory, console) as progress:
-            recorder = SweepRecorder(directory, _records(directory), progress.watch)
+        records = _records(directory)
+        with _display(config, records, console) as progress:
+            recorder = SweepRecorder(directory, records, progress.watch)
             run_trials_inline(config, task, function, recorder, num_points)
         return SweepResults(directory)
     with ray_session(address, config.run.working_dir):
@@ -105,9 +106,9 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     return SweepResults(directory)
 
 
-def _display(config: SweepConfig, directory: RunDirectory, console: Console) -> Progress:
+def _display(config: SweepConfig, records: Mapping[str, TrialRecord], console: Console) -> Progress:
     keys = varied_keys(config) or grid_keys(config)[:1]
-    return Progress(console, config.run.metric, keys, _records(directory).values())
+    return Progress(console, config.run.metric, keys, records.values())
 
 
 def _create(config: SweepConfig, task: bytes | None, function: bytes | None, num_points: int) -> RunDirectory:
@@ -133,7 +134,7 @@ def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console:
     events = Queue(actor_options={"num_cpus": 0})
     trainable = _trainable(config, directory, events, records)
     run_dir = str(directory.path)
-    with _display(config, directory, console) as progress:
+    with _display(config, records, console) as progress:
         recorder = SweepRecorder(directory, records, progress.watch)
         recorder.listen_to(events)
         SweepCallback.recorders[run_dir] = recorder

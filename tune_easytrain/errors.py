@@ -98,6 +98,10 @@ class MetricError(BadInputError):
     """The sweep's metric is not among those that its trials report."""
 
 
+class EstimateError(TuneEasyTrainError):
+    """The memory of a task cannot be estimated; the text begins with "no estimate" and says why."""
+
+
 class NotEnoughMemoryError(TuneEasyTrainError):
     """Not even one sample fits into the memory budget."""
 

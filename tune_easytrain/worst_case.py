@@ -1,0 +1,41 @@
+"""The batch that needs the most memory."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from tune_easytrain.batch import iterate_tensors, move_batch
+from tune_easytrain.task import Batch, Task
+
+_NUM_SAMPLES_LOOKED_AT = 8
+
+
+def worst_case_batch(task: Task, num_samples: int, device: torch.device | None = None) -> Batch:
+    """Return the batch of `num_samples` that needs the most memory, on `device` (default: the CPU).
+
+    The task's own where it has one; otherwise the largest of the first eight training samples, repeated.
+    """
+    device = torch.device("cpu") if device is None else device
+    if task.worst_case is None:
+        return move_batch(_repeated_sample(task, num_samples), device)
+    if device.type != "cpu":
+        # Made where it is needed: gigabytes of random numbers take a host seconds.
+        with suppress(Exception), device:
+            return move_batch(task.worst_case(num_samples), device)
+    return move_batch(task.worst_case(num_samples), device)
+
+
+def _repeated_sample(task: Task, num_samples: int) -> Batch:
+    data: Any = task.train_data()
+    looked_at = [data[index] for index in range(min(len(data), _NUM_SAMPLES_LOOKED_AT))]
+    largest = max(looked_at, key=_num_elements)
+    collate = task.collate or default_collate
+    return collate([largest] * num_samples)
+
+
+def _num_elements(sample: Any) -> int:
+    return sum(tensor.numel() for tensor in iterate_tensors(sample))

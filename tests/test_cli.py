@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tune_easytrain.cli import main
 from tune_easytrain.config import load_config
@@ -117,6 +118,114 @@ def test_trials_that_differ_in_batch_size_are_warned_of(ask: Ask, nine: Path) ->
     assert "batch: {effective_batch_size: 128}" in out
 
 
+def test_plan_on_a_gpu_tells_what_each_trial_needs_there(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("plan", toy_sweep, "--device", "h100")
+    assert (answer.code, answer.err) == (0, "")
+    assert "2 of 2 trials fit on H100 80GB (79.1 GiB)." in answer.out
+    row = next(line for line in answer.out.splitlines() if " large " in line)
+    assert row.split()[:6] == ["1", "large", "0.1", "8", "8", "1"]
+    assert row.split()[-1] == "yes"
+
+
+def test_plan_on_a_gpu_as_json_has_the_keys_that_are_documented(ask: Ask, toy_sweep: Path) -> None:
+    toy_sweep.write_text(TOY_SWEEP.replace("large", "lrge"))
+    small, unknown = json.loads(ask("plan", toy_sweep, "--memory", "1GiB", "--json").out)
+    assert small["config"]["model"]["type"] == "small"
+    assert small["memory_budget_bytes"] == int(0.9 * 2**30) - 256 * 2**20
+    assert 0 < small["estimated_peak_bytes"] < 2**28
+    assert (small["microbatch_size"], small["accumulation_steps"], small["effective_batch_size"]) == (8, 1, 8)
+    assert (small["fits"], small["error"]) == (True, None)
+    assert unknown["estimated_peak_bytes"] is unknown["fits"] is None
+    assert "did you mean 'large'?" in unknown["error"]
+
+
+def test_write_pairs_prints_yaml_and_nothing_else(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("plan", toy_sweep, "--memory", "1GiB", "--write-pairs")
+    assert (answer.code, answer.err) == (0, "")
+    assert yaml.safe_load(answer.out) == {"model.type": ["small", "large"], "hp.batch_size": [8, 8]}
+
+
+def test_a_gpu_on_which_nothing_fits_has_no_pair_list(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("plan", toy_sweep, "--memory", "1MiB", "--write-pairs")
+    assert (answer.code, answer.out) == (1, "")
+    assert "left out: small: one sample needs" in answer.err
+    assert "0 of 2 trials fit" in ask("plan", toy_sweep, "--memory", "1MiB").out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--device", "H100", "--memory", "24GiB"], "give one of them"),
+        (["--device", "A100"], "'A100 80GB' or 'A100 40GB'"),
+        (["--device", "H1O0"], "did you mean 'H100 80GB'"),
+        (["--memory", "24 gigs"], "--memory: '24 gigs' is not a size; write a size such as 24GiB"),
+        (["--memory", "0"], "--memory: 0 is less than one byte"),
+        (["--write-pairs"], "add --device 'H100 80GB' or --memory 24GiB"),
+        (["--device", "H100", "--power-of-two"], "add --write-pairs"),
+        (["--device", "H100", "--write-pairs", "--json"], "give one of them"),
+    ],
+)
+def test_options_that_do_not_go_together_are_bad_input(
+    ask: Ask, toy_sweep: Path, options: list[str], told: str
+) -> None:
+    answer = ask("plan", toy_sweep, *options)
+    assert (answer.code, answer.out) == (2, "")
+    (line,) = answer.err.strip().splitlines()
+    assert told in line
+
+
+def test_memory_is_estimated_of_a_task(ask: Ask, nine: Path) -> None:
+    answer = ask("plan", nine, "--device", "H100")
+    assert answer.code == 2
+    assert "the sweep names no task" in answer.err
+
+
+def test_probe_shows_each_attempt_and_the_estimate_beside_it(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("probe", toy_sweep, "--trial", 1)
+    assert (answer.code, answer.err) == (0, "")
+    device, attempt, *_, comparison = answer.out.splitlines()
+    assert device.startswith("On cpu, budget ")
+    assert attempt.startswith("micro-batch 8: fits")
+    assert "Effective batch size 8 in 1 micro-batches of at most 8." in answer.out
+    assert comparison.startswith("Estimated peak ")
+
+
+def test_probe_as_json_is_the_result_and_the_attempts_go_to_standard_error(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("probe", toy_sweep, "--trial", 0, "--set", "batch.probe=off", "--json")
+    result = json.loads(answer.out)
+    assert "micro-batch 8: fits" in answer.err
+    assert result["config"]["model"]["type"] == "small"
+    assert (result["microbatch_size"], result["accumulation_steps"]) == (8, 1)
+    assert (result["largest_fitting"], result["bounded_by"]) == (8, "limit")
+    assert [attempt["outcome"] for attempt in result["attempts"]] == ["fits"]
+    assert result["estimated_peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_trial_that_is_not_there_is_bad_input(ask: Ask, toy_sweep: Path, number: int) -> None:
+    answer = ask("probe", toy_sweep, "--trial", number)
+    assert (answer.code, answer.out) == (2, "")
+    assert f"--trial {number}: the sweep has trials 0 to 1" in answer.err
+
+
+def test_a_probe_that_finds_no_memory_for_one_sample_tells_what_it_tried(ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "hungry.yaml"
+    path.write_text(
+        f"task: {TOYS}:build_hungry_task\nbatch: {{effective_batch_size: 2, memory_budget: 4MiB}}\n"
+    )
+    answer = ask("probe", path, "--trial", 0)
+    assert answer.code == 1
+    assert "micro-batch 1: out of memory" in answer.out
+    assert answer.err.startswith("error: not even one sample fits into 4.0 MiB")
+
+
+def test_a_bug_in_the_task_is_told_with_its_traceback_where_it_is(ask: Ask, toy_sweep: Path) -> None:
+    answer = ask("probe", toy_sweep, "--trial", 0, "--set", "config.toy.fault=bug")
+    assert answer.code == 1
+    assert "KeyError: 'a bug in the task'" in answer.err
+    assert "toys.py" in answer.err
+
+
 def test_validate_builds_every_model(ask: Ask, toy_sweep: Path) -> None:
     answer = ask("validate", toy_sweep)
     assert (answer.code, answer.err) == (0, "")
@@ -188,7 +297,7 @@ def test_results_as_json_are_the_frame(ask: Ask, tmp_path: Path, toy_sweep: Path
     assert rows[1]["val_loss_best"] is None
 
 
-@pytest.mark.parametrize("command", ["validate", "plan", "run", "resume", "results"])
+@pytest.mark.parametrize("command", ["validate", "plan", "probe", "run", "resume", "results"])
 def test_every_command_helps_with_an_example(ask: Ask, command: str) -> None:
     answer = ask(command, "--help")
     assert answer.code == 0

@@ -1,4 +1,4 @@
-"""The command line: `tune-easytrain validate | plan | run | resume | results`.
+"""The command line: `tune-easytrain validate | plan | probe | run | resume | results`.
 
 Exit codes: 0 done, 1 trials failed, 2 bad input.
 """
@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -20,8 +20,11 @@ from rich.text import Text
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 
 if TYPE_CHECKING:
+    from tune_easytrain.accelerators import Accelerator
     from tune_easytrain.config import SweepConfig
+    from tune_easytrain.memory_plan import MemoryPlan
     from tune_easytrain.results import SweepResults
+    from tune_easytrain.sweep_plan import SweepPlan
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -100,43 +103,71 @@ def plan(
     hours_per_trial: Annotated[
         float | None, typer.Option(min=0, help="Hours one trial takes, to add up the whole sweep.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="GPU", help="Estimate every trial on this GPU, such as 'H100 80GB'.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The same for a GPU of this size, such as 24GiB.")
+    ] = None,
+    write_pairs: Annotated[
+        bool, typer.Option("--write-pairs", help="Print the pair list that fits that GPU, as YAML.")
+    ] = False,
+    power_of_two: Annotated[
+        bool, typer.Option("--power-of-two", help="Round the sizes of --write-pairs down to powers of two.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a sweep file's trials, how its keys were paired, and what crossing them would cost."""
+    """Show a sweep file's trials, how its keys were paired, and what crossing them would cost.
+
+    With --device or --memory also what every trial needs there. Neither a GPU nor, where the task has a
+    worst case, the data set is needed for that.
+    """
+    from tune_easytrain.gpu_options import chosen_accelerator
     from tune_easytrain.sweep_plan import build_plan
 
+    accelerator = chosen_accelerator(device, memory)
+    _check_pair_options(accelerator, write_pairs, power_of_two, as_json)
     config = _load(file, overrides)
     sweep_plan = build_plan(config, max_experiments)
-    if as_json:
-        from tune_easytrain.search_space import build_trial_space
+    memory_plan = None if accelerator is None else _memory_plan(config, accelerator, max_experiments)
+    if write_pairs and memory_plan is not None:
+        from tune_easytrain.pair_list import pair_list
 
-        space = build_trial_space(config)
-        trials = [
-            {
-                "config": space.config(tuple(trial.values.values())),
-                "effective_batch_size": trial.effective_batch_size,
-                "microbatch_limit": trial.microbatch_limit,
-            }
-            for trial in sweep_plan.trials
-        ]
+        _out(pair_list(config, memory_plan, power_of_two=power_of_two))
+    elif as_json:
+        trials = _planned_trials(config, sweep_plan) if memory_plan is None else memory_plan.as_json()
         _out(json.dumps(trials, indent=2, default=str))
+    else:
+        _print_plan(sweep_plan, memory_plan, hours_per_trial)
+
+
+@app.command(epilog="Example:  tune-easytrain probe configs/ucf101_demo.yaml --trial 6")
+def probe(
+    file: File,
+    trial: Annotated[int, typer.Option(help="The trial's number, as `plan` shows it.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find one trial's largest micro-batch on this machine, and compare it with the estimate."""
+    config = _load(file, overrides)
+    from tune_easytrain.trial_probe import probe_trial
+
+    try:
+        result = probe_trial(config, trial, _err if as_json else _out)
+    except TuneEasyTrainError:
+        raise
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            raise
+        from tune_easytrain.trial import failed_event
+
+        _err(failed_event(error).details)  # the task's own error, with the child's traceback
+        raise typer.Exit(EXIT_FAILED) from None
+    if as_json:
+        _out(json.dumps(result.as_json(), indent=2, default=str))
         return
-    for line in sweep_plan.describe():
+    for line in result.describe():
         _out(line)
-    keys = list(sweep_plan.trials[0].values)
-    rows = [
-        [
-            str(number),
-            *(str(trial.values[key]) for key in keys),
-            _number(trial.effective_batch_size),
-            _number(trial.microbatch_limit),
-        ]
-        for number, trial in enumerate(sweep_plan.trials)
-    ]
-    _print_table(["#", *keys, "effective batch size", "micro-batch limit"], rows)
-    if hours_per_trial is not None:
-        own, cartesian = sweep_plan.hours(hours_per_trial)
-        _out(f"At {hours_per_trial:g} h a trial: {own:g} h against {cartesian:g} h.")
 
 
 @app.command(epilog="Example:  tune-easytrain run configs/ucf101_demo.yaml --set train.epochs=1")
@@ -198,6 +229,55 @@ def _load(file: Path, overrides: list[str] | None) -> SweepConfig:
     return load_config(file, overrides=overrides or [])
 
 
+def _check_pair_options(
+    accelerator: Accelerator | None, write_pairs: bool, power_of_two: bool, as_json: bool
+) -> None:
+    if power_of_two and not write_pairs:
+        raise BadInputError("--power-of-two rounds the sizes of --write-pairs; add --write-pairs")
+    if write_pairs and accelerator is None:
+        raise BadInputError("--write-pairs needs a GPU to fit: add --device 'H100 80GB' or --memory 24GiB")
+    if write_pairs and as_json:
+        raise BadInputError("--write-pairs prints YAML and --json JSON; give one of them")
+
+
+def _planned_trials(config: SweepConfig, plan: SweepPlan) -> list[dict[str, Any]]:
+    from tune_easytrain.search_space import build_trial_space
+
+    space = build_trial_space(config)
+    return [
+        {
+            "config": space.config(tuple(trial.values.values())),
+            "effective_batch_size": trial.effective_batch_size,
+            "microbatch_limit": trial.microbatch_limit,
+        }
+        for trial in plan.trials
+    ]
+
+
+def _print_plan(sweep_plan: SweepPlan, memory_plan: MemoryPlan | None, hours_per_trial: float | None) -> None:
+    for line in sweep_plan.describe():
+        _out(line)
+    _print_table(*(memory_plan or sweep_plan).table())
+    for line in [] if memory_plan is None else memory_plan.describe():
+        _out(line)
+    if hours_per_trial is not None:
+        own, cartesian = sweep_plan.hours(hours_per_trial)
+        _out(f"At {hours_per_trial:g} h a trial: {own:g} h against {cartesian:g} h.")
+
+
+def _memory_plan(config: SweepConfig, accelerator: Accelerator, max_experiments: int | None) -> MemoryPlan:
+    from tune_easytrain.memory_plan import build_memory_plan
+    from tune_easytrain.task_source import load_sweep_functions
+    from tune_easytrain.trial_estimates import estimate_with_bar
+
+    task, _ = load_sweep_functions(config)
+    if task is None:
+        raise BadInputError("task: memory is estimated of a task, and the sweep names none")
+    return build_memory_plan(
+        config, accelerator, lambda configs: estimate_with_bar(task, configs), max_experiments
+    )
+
+
 def _finish(results: SweepResults, as_json: bool) -> NoReturn:
     _print_results(results, as_json)
     num_failed = results.num_failed
@@ -231,10 +311,6 @@ def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None
     if not console.is_terminal:  # a pipe has no width to fit: nothing may be cut off
         console = Console(width=_PIPE_WIDTH)
     console.print(table, markup=False, highlight=False)
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else str(value)
 
 
 def _out(text: str) -> None:

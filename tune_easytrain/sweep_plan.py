@@ -65,6 +65,22 @@ class SweepPlan:
         """Share of the Cartesian product's trials that pairing saves, from 0 to 100."""
         return 100.0 * (1 - self.num_all_trials / self.num_cartesian_trials)
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows for people."""
+        keys = list(self.trials[0].values)
+        rows = [
+            [
+                str(number),
+                *(str(trial.values[key]) for key in keys),
+                *(
+                    "" if size is None else str(size)
+                    for size in (trial.effective_batch_size, trial.microbatch_limit)
+                ),
+            ]
+            for number, trial in enumerate(self.trials)
+        ]
+        return ["#", *keys, "effective batch size", "micro-batch limit"], rows
+
     def describe(self) -> list[str]:
         """Return the lines that tell people how many trials there are and why, warnings last."""
         saved = f", {self.trials_saved_percent:.0f} % fewer" if self.trials_saved_percent else ""

@@ -1,0 +1,282 @@
+"""`MemoryPlan`: what every trial of a sweep would need on one kind of GPU, by its estimate. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tune_easytrain.accelerators import Accelerator
+from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.byte_size import format_bytes
+from tune_easytrain.config import SweepConfig
+from tune_easytrain.grid import MODEL_KEY, Distribution
+from tune_easytrain.memory_budget import BudgetRequest
+from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.probe import SearchPlan
+from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
+from tune_easytrain.settings import TrialSettings, given_batch_size
+
+UNLIMITED_SAMPLES = 4096
+"""The largest micro-batch looked at where neither a batch size nor an effective batch size limits it."""
+
+EstimateAll = Callable[[Sequence[dict[str, Any]]], Sequence[MemoryEstimate | str]]
+"""Trials' configs to their estimates, in the same order; a string says why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialMemory:
+    """One trial on the GPU that was asked about; sizes are in samples, memory in bytes.
+
+    Attributes:
+        name: the trial's number in the sweep, from 0, and the values that tell it from the others.
+        values: its values by dotted grid key.
+        config: the nested config that was estimated, with an example of every drawn key.
+        budget_bytes: what the trial may use of the GPU.
+        estimate: its memory by micro-batch size; None where there is none.
+        error: why there is none.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    config: dict[str, Any]
+    settings: TrialSettings
+    budget_bytes: int
+    estimate: MemoryEstimate | None
+    error: str | None = None
+
+    @property
+    def limit(self) -> int:
+        """The most samples worth holding at once: the batch size given, and E."""
+        sizes = (self.settings.effective_batch_size, self.settings.microbatch_limit)
+        return min((size for size in sizes if size is not None), default=UNLIMITED_SAMPLES)
+
+    def largest_fitting(self, limit: int | None = None) -> int | None:
+        """Return the most samples that fit at once, up to `limit` (default: the trial's own).
+
+        0 says that not even one does, None that there is no estimate. The probe's headroom is left free.
+        """
+        if self.estimate is None:
+            return None
+        limit = self.limit if limit is None else limit
+        search = SearchPlan(limit=limit, budget_bytes=self.budget_bytes, estimate=self.estimate)
+        return search.estimated_size(limit)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the trial can train: with the probe off at the size given, otherwise at any size."""
+        if self.estimate is None:
+            return None
+        if self.settings.probe == "off":
+            return self.estimate.peak_bytes(self.limit) <= self.budget_bytes
+        return self.largest_fitting() != 0
+
+    @property
+    def most_at_once(self) -> int | None:
+        """The limit that training would get; None where the trial does not fit or has no estimate."""
+        if not self.fits:
+            return None
+        largest, settings = self.largest_fitting(), self.settings
+        if settings.probe == "off" or largest is None:
+            return self.limit
+        if settings.search == "power_of_two":
+            return largest_power_of_two(largest)
+        return min(largest, settings.start or largest) if settings.search == "confirm" else largest
+
+    @property
+    def batch_plan(self) -> BatchPlan | None:
+        """How the trial would reach E; None where it has no E, does not fit, or has no estimate."""
+        effective, largest = self.settings.effective_batch_size, self.most_at_once
+        return None if effective is None or largest is None else BatchPlan.build(effective, largest)
+
+    @property
+    def microbatch_size(self) -> int | None:
+        """The micro-batch that training would use; None where the trial does not fit or has no estimate."""
+        return self.most_at_once if self.batch_plan is None else self.batch_plan.microbatch_size
+
+    @property
+    def too_large_pair(self) -> tuple[int, int] | None:
+        """The batch size that the file gives this trial and how many fit at once, where those are fewer."""
+        given, largest = given_batch_size(self.config), self.largest_fitting()
+        if given is None or not largest or largest >= self.limit or self.settings.probe == "off":
+            return None
+        return given, largest
+
+    def phase_peak_bytes(self) -> dict[str, int] | None:
+        """Return the peak of each phase at that micro-batch, else at the smallest that training could use."""
+        if self.estimate is None:
+            return None
+        smallest = self.limit if self.settings.probe == "off" else 1
+        return self.estimate.phase_peak_bytes(self.microbatch_size or smallest)
+
+    @property
+    def estimated_peak_bytes(self) -> int | None:
+        """The largest of them."""
+        peaks = self.phase_peak_bytes()
+        return None if peaks is None else max(peaks.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what scripts get of the trial; what is not known is None."""
+        return {
+            "config": self.config,
+            "microbatch_size": self.microbatch_size,
+            "accumulation_steps": None if self.batch_plan is None else self.batch_plan.accumulation_steps,
+            "effective_batch_size": self.settings.effective_batch_size,
+            "microbatch_limit": self.settings.microbatch_limit,
+            "estimated_peak_bytes": self.estimated_peak_bytes,
+            "phase_peak_bytes": self.phase_peak_bytes(),
+            "memory_budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The trials of a sweep on one kind of GPU; `drawn` are the examples that stand for drawn keys."""
+
+    accelerator: Accelerator
+    trials: tuple[TrialMemory, ...]
+    drawn: Mapping[str, Any]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and rows for people."""
+        keys = list(self.trials[0].values)
+        headings = ["#", *keys, "E", "m", "k", "estimated peak / budget", "of the GPU", "fits"]
+        return headings, [
+            [str(number), *(str(trial.values[key]) for key in keys), *self._cells(trial)]
+            for number, trial in enumerate(self.trials)
+        ]
+
+    def _cells(self, trial: TrialMemory) -> list[str]:
+        peak = trial.estimated_peak_bytes
+        plan, size = trial.batch_plan, trial.microbatch_size
+        return [
+            str(trial.settings.effective_batch_size or ""),
+            "" if size is None else str(size),
+            "" if plan is None else str(plan.accumulation_steps),
+            "" if peak is None else f"{format_bytes(peak)} / {format_bytes(trial.budget_bytes)}",
+            "" if peak is None else f"{100 * peak / self.accelerator.total_bytes:.0f} %",
+            _fits_in_words(trial),
+        ]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return what scripts get: one object per trial."""
+        return [trial.as_json() for trial in self.trials]
+
+    def describe(self) -> list[str]:
+        """Return what people should know besides the table: what does not fit, and what is not known."""
+        total = format_bytes(self.accelerator.total_bytes)
+        fitting = sum(trial.fits is True for trial in self.trials)
+        lines = [f"{fitting} of {len(self.trials)} trials fit on {self.accelerator.name} ({total})."]
+        probed = [trial for trial in self.trials if trial.settings.probe != "off"]
+        given = [trial for trial in self.trials if trial.settings.probe == "off"]
+        lines += _listed("Not even one sample fits", map(_not_fitting, probed))
+        lines += _listed("Do not fit as given, with the probe off", map(_not_fitting, given))
+        lines += _listed("Pairs that do not fit at once", map(_pair_too_large, self.trials))
+        lines += _listed(
+            "No estimate", (trial.error and f"{trial.name}: {trial.error}" for trial in self.trials)
+        )
+        if self.drawn:
+            shown = ", ".join(f"{key}={value}" for key, value in self.drawn.items())
+            lines.append(f"Drawn keys were estimated at {shown}.")
+        return lines
+
+
+def build_memory_plan(
+    config: SweepConfig,
+    accelerator: Accelerator,
+    estimate_all: EstimateAll,
+    max_experiments: int | None = None,
+) -> MemoryPlan:
+    """Return what the first `max_experiments` trials of a sweep would need on a GPU that is free.
+
+    A trial's budget is the one it would get there; a sweep for the CPU is looked at as if it had one GPU.
+
+    Raises BadInputError where `max_experiments` is not an integer of at least 1.
+    """
+    drawn = drawn_examples(config)
+    configs = example_configs(config, max_experiments)
+    varied = varied_keys(config)
+    trials = []
+    for number, (point, nested, estimate) in enumerate(
+        zip(grid_points(config, max_experiments), configs, estimate_all(configs), strict=True)
+    ):
+        values = dict(zip(grid_keys(config), point, strict=True))
+        told = ", ".join(str(value) for key, value in values.items() if key in varied)
+        settings = TrialSettings.from_config(nested, metric=config.run.metric, mode=config.run.mode)
+        request = BudgetRequest(
+            memory_fraction=settings.memory_fraction,
+            device_share=min(1.0, config.trial.resources.gpu or 1.0),
+            memory_budget_bytes=settings.memory_budget_bytes,
+        )
+        trials.append(
+            TrialMemory(
+                name=f"trial {number} ({told})" if told else f"trial {number}",
+                values=values,
+                config=nested,
+                settings=settings,
+                budget_bytes=request.gpu_budget_bytes(accelerator.total_bytes),
+                estimate=estimate if isinstance(estimate, MemoryEstimate) else None,
+                error=None if isinstance(estimate, MemoryEstimate) else estimate,
+            )
+        )
+    return MemoryPlan(accelerator, tuple(trials), drawn)
+
+
+def example_configs(config: SweepConfig, max_experiments: int | None = None) -> list[dict[str, Any]]:
+    """Return the nested config of every grid point in the file's order, with `drawn_examples` in it."""
+    space, drawn = build_trial_space(config), drawn_examples(config)
+    return [space.config(point, drawn) for point in grid_points(config, max_experiments)]
+
+
+def drawn_examples(config: SweepConfig) -> dict[str, Any]:
+    """Return a value for every drawn key: the largest number it can be, else the first choice."""
+    return {key: _example(values) for key, values in distributions(config.grid_search).items()}
+
+
+def largest_power_of_two(number: int) -> int:
+    """Return the largest power of two up to `number`; 0 for 0."""
+    return 1 << (number.bit_length() - 1) if number else 0
+
+
+def _example(distribution: Distribution) -> Any:
+    values = distribution.listed()
+    return max(values) if all(type(value) in (int, float) for value in values) else values[0]
+
+
+def _listed(heading: str, entries: Iterable[str | None]) -> list[str]:
+    """Return a heading and its entries, each once; nothing where there are none."""
+    lines = [f"  {entry}" for entry in dict.fromkeys(entries) if entry]
+    return [f"{heading}:", *lines] if lines else []
+
+
+def _fits_in_words(trial: TrialMemory) -> str:
+    if trial.error is not None:
+        return f"no estimate: {trial.error}"
+    if not trial.fits:
+        return "not as given" if trial.settings.probe == "off" else "not one sample"
+    if trial.too_large_pair is not None:
+        given, largest = trial.too_large_pair
+        return f"{largest} of {given}"
+    return "yes"
+
+
+def _not_fitting(trial: TrialMemory) -> str | None:
+    if trial.fits is not False or trial.estimated_peak_bytes is None:
+        return None
+    needed, budget = format_bytes(trial.estimated_peak_bytes), format_bytes(trial.budget_bytes)
+    return f"{trial.name}: needs {needed}, the budget is {budget}"
+
+
+def _pair_too_large(trial: TrialMemory) -> str | None:
+    if trial.too_large_pair is None:
+        return None
+    given, largest = trial.too_large_pair
+    plan = trial.batch_plan
+    steps = ""
+    if plan is not None:
+        of = "of" if len(set(plan.microbatch_sizes)) == 1 else "of at most"
+        steps = f"; {plan.accumulation_steps} micro-batches {of} {plan.microbatch_size}"
+    name = trial.values.get(MODEL_KEY, trial.name)
+    return f"{name} {given}: only {largest} fit{steps}"

@@ -86,6 +86,25 @@ def test_a_full_window_keeps_its_plan_and_a_short_one_its_limit() -> None:
     assert plan.for_window(7).microbatch_sizes == (4, 3)
 
 
+@given(sizes, sizes, workers, st.integers(0, 3))
+def test_more_steps_than_needed_are_as_exact(effective: int, limit: int, num_workers: int, more: int) -> None:
+    plans = all_ranks(effective, limit, num_workers)
+    steps = plans[0].accumulation_steps + more
+    longer = [plan.with_steps(steps) for plan in plans]
+    assert [plan.num_samples for plan in longer] == [plan.num_samples for plan in plans]
+    for plan in longer:
+        assert plan.accumulation_steps == steps
+        assert max(plan.microbatch_sizes) - min(plan.microbatch_sizes) <= 1
+        assert plan.with_limit(limit).accumulation_steps == plans[0].accumulation_steps
+    assert all(plan.for_window(effective) is plan for plan in longer)
+    assert longer[0].for_window(effective + 1) == plans[0].for_window(effective + 1)
+
+
+def test_fewer_steps_than_the_limit_needs_are_refused() -> None:
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 3, got 2"):
+        BatchPlan.build(10, 4, accumulation_steps=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

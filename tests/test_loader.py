@@ -56,7 +56,8 @@ def make_loader(data: Any, *, seed: int = 0, num_workers: int = 0, **changes: An
 
 
 def read_epoch(loader: EpochLoader, plan: BatchPlan, epoch: int = 0) -> list[list[Tensor]]:
-    return [list(microbatches) for _, microbatches in loader.windows(plan, epoch)]
+    windows = loader.windows(plan.effective_batch_size, epoch)
+    return [list(windows.read(index, plan)) for index in range(len(windows))]
 
 
 sizes = st.integers(1, 60)
@@ -98,12 +99,61 @@ def test_a_window_holds_the_same_samples_however_it_is_split(
     assert windows(limit, num_workers) == windows(other, 1)
 
 
-def test_each_window_comes_with_its_own_plan() -> None:
-    windows = [
-        (window.effective_batch_size, [len(batch) for batch in microbatches])
-        for window, microbatches in make_loader(Ids(27)).windows(BatchPlan.build(10, 4), 0)
+def test_the_last_window_is_what_is_left() -> None:
+    windows = make_loader(Ids(27)).windows(10, 0)
+    assert [windows.num_samples(index) for index in range(len(windows))] == [10, 10, 7]
+    plan = BatchPlan.build(10, 4)
+    assert [[len(batch) for batch in windows.read(index, plan)] for index in range(3)] == [
+        [4, 3, 3],
+        [4, 3, 3],
+        [4, 3],
     ]
-    assert windows == [(10, [4, 3, 3]), (10, [4, 3, 3]), (7, [4, 3])]
+
+
+@given(
+    num_samples=sizes,
+    effective=sizes,
+    limits=st.lists(sizes, min_size=1, max_size=60),
+    num_workers=st.integers(1, 3),
+    data=st.data(),
+)
+def test_windows_hold_their_samples_whatever_the_plan_and_however_often_they_are_read(
+    num_samples: int, effective: int, limits: list[int], num_workers: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, num_workers - 1))
+    plans = [BatchPlan.build(effective, m, num_workers=num_workers, rank=rank) for m in limits]
+    expected = [
+        [i for batch in window for i in batch.tolist()]
+        for window in read_epoch(make_loader(Ids(num_samples)), plans[0])
+    ]
+    windows = make_loader(Ids(num_samples)).windows(effective, 0)
+    for index in range(len(windows)):
+        for plan in (plans[index % len(plans)], plans[-1], plans[-1]):
+            if data.draw(st.booleans()):  # a failure: some micro-batches are read, then the window again
+                next(windows.read(index, plan), None)
+            batches = list(windows.read(index, plan))
+            assert [i for batch in batches for i in batch.tolist()] == expected[index]
+            assert [len(b) for b in batches] == [
+                size for size in plan.for_window(windows.num_samples(index)).microbatch_sizes if size
+            ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_window_read_again_in_other_sizes_has_the_same_augmentation(num_workers: int) -> None:
+    whole = {
+        int(s[0]): s.tolist()
+        for window in read_epoch(make_loader(Augmented()), BatchPlan.build(4, 4))
+        for s in torch.cat(window)
+    }
+    windows = make_loader(Augmented(), num_workers=num_workers).windows(4, 0)
+    next(windows.read(0, BatchPlan.build(4, 4)))
+    seen = []
+    for index in range(len(windows)):
+        batches = list(windows.read(index, BatchPlan.build(4, 1)))
+        assert [len(batch) for batch in batches] == [1] * 4
+        seen += [sample.tolist() for sample in torch.cat(batches)]
+    assert {int(sample[0]): sample for sample in seen} == whole
+    assert len(seen) == 12
 
 
 def test_the_order_is_a_permutation_of_seed_and_epoch_alone() -> None:
@@ -162,17 +212,18 @@ def test_the_models_randomness_is_left_as_it_was(num_workers: int) -> None:
 
 
 def test_microbatches_are_read_only_when_asked_for() -> None:
-    data = Ids(20)
-    for window, microbatches in make_loader(data).windows(BatchPlan.build(10, 4), 0):
+    data, plan = Ids(20), BatchPlan.build(10, 4)
+    windows = make_loader(data).windows(10, 0)
+    for index in range(len(windows)):
         before = len(data.read)
-        for size, batch in zip(window.microbatch_sizes, microbatches, strict=True):
+        for size, batch in zip(plan.microbatch_sizes, windows.read(index, plan), strict=True):
             before += size
             assert len(batch) == size
             assert len(data.read) == before
 
 
 def test_the_loader_keeps_no_hold_of_a_microbatch() -> None:
-    _, microbatches = next(make_loader(Ids(8)).windows(BatchPlan.build(8, 2), 0))
+    microbatches = make_loader(Ids(8)).windows(8, 0).read(0, BatchPlan.build(8, 2))
     first = weakref.ref(next(microbatches))
     assert first() is None
 

@@ -4,7 +4,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from toys import make_opening, make_settings
 
-from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext
+from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, train_loop
+from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.device_session import DeviceSession
 from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.loader import EpochLoader
 from tune_easytrain.memory import CpuMemory
-from tune_easytrain.protocol import Report
+from tune_easytrain.protocol import PlanChanged, Report
+from tune_easytrain.random_state import seed_everything
 from tune_easytrain.task_source import pickle_function
 from tune_easytrain.train_loop import metric_names, train
 
@@ -32,6 +37,7 @@ class Driven:
     """What a training run reported, and a copy of each checkpoint."""
 
     reports: list[Report] = field(default_factory=list)
+    changes: list[PlanChanged] = field(default_factory=list)
     checkpoints: list[Path] = field(default_factory=list)
 
     @property
@@ -50,7 +56,10 @@ def drive(
     folder.mkdir(exist_ok=True)
     driven = Driven()
 
-    def take(report: Report) -> None:
+    def take(report: Report | PlanChanged) -> None:
+        if isinstance(report, PlanChanged):
+            driven.changes.append(report)
+            return
         driven.reports.append(report)
         if report.checkpoint_path is not None:
             kept = folder / f"epoch_{len(driven.reports)}.pt"
@@ -288,6 +297,288 @@ def test_bf16_passes_leave_parameters_in_their_own_format(tmp_path: Path) -> Non
 def test_the_default_loop_needs_a_task(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="needs a task"):
         drive(None, tmp_path)
+
+
+PHASES = ("data", "forward", "loss", "backward", "clip", "evaluation")
+
+
+class Faults:
+    """Memory that runs out at given moments: the n-th time that a phase is reached, counted from 1."""
+
+    def __init__(self, *moments: tuple[str, int], error: Exception | None = None) -> None:
+        self.left = list(moments)
+        self.error = error
+        self.counts = dict.fromkeys([*PHASES, "step"], 0)
+        self.sizes: list[int] = []
+
+    def reach(self, phase: str) -> None:
+        self.counts[phase] += 1
+        if (phase, self.counts[phase]) in self.left:
+            self.left.remove((phase, self.counts[phase]))
+            raise self.error or torch.OutOfMemoryError(f"CUDA out of memory in {phase}")
+
+    def task(self, **changes: Any) -> Task:
+        """The float64 classifier of these tests, in whose every phase memory may run out."""
+
+        class Moved(dict[str, Tensor]):
+            def __init__(batch, values: dict[str, Tensor]) -> None:  # noqa: N805 -- made when moved, too
+                self.reach("data")
+                super().__init__(values)
+
+        def collate(samples: list[Any]) -> Moved:
+            return Moved(
+                {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
+            )
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            if not model.training:
+                self.reach("evaluation")
+                return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+            self.sizes.append(len(batch["x"]))
+            self.reach("forward")
+            out = model(batch["x"])
+            out.register_hook(lambda gradient: self.reach("backward"))
+            self.reach("loss")
+            return nn.functional.cross_entropy(out, batch["y"])
+
+        def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            built = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            built.register_step_pre_hook(lambda *_: self.reach("step"))
+            return built
+
+        values = {
+            "loss": loss,
+            "optimizer": optimizer,
+            "collate": collate,
+            "val_data": lambda: make_data(11, seed=1),
+        }
+        return make_task(**{**values, **changes})
+
+    def drive(self, folder: Path, task: Task | None = None, **options: Any) -> Driven:
+        clip = nn.utils.clip_grad_norm_
+
+        def clip_or_fail(*arguments: Any) -> Any:
+            self.reach("clip")
+            return clip(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.utils, "clip_grad_norm_", clip_or_fail)
+            return drive(task or self.task(), folder, clip_norm=0.5, **options)
+
+
+RESCUE_OPTIONS: dict[str, Any] = {"effective_batch_size": 10, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Driven:
+    return Faults().drive(tmp_path_factory.mktemp("undisturbed"), limit=10, **RESCUE_OPTIONS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    limit=st.sampled_from([4, 5, 7, 10]),
+    moments=st.lists(
+        st.tuples(st.sampled_from(PHASES), st.integers(1, 24)), min_size=1, max_size=2, unique=True
+    ),
+)
+def test_training_is_the_same_wherever_memory_ran_out(
+    undisturbed: Driven, tmp_path_factory: pytest.TempPathFactory, limit: int, moments: list[tuple[str, int]]
+) -> None:
+    faults = Faults(*moments)
+    driven = faults.drive(tmp_path_factory.mktemp("faults"), limit=limit, **RESCUE_OPTIONS)
+    for name, weight in driven.weights.items():
+        torch.testing.assert_close(weight, undisturbed.weights[name], rtol=1e-10, atol=1e-12)
+    for name in ("optimizer_steps", "num_samples", "epoch"):
+        assert driven.last[name] == undisturbed.last[name], name
+    for mine, theirs in zip(driven.reports, undisturbed.reports, strict=True):
+        assert mine.metrics["train_loss"] == pytest.approx(theirs.metrics["train_loss"], rel=1e-10)
+        assert mine.metrics["val_loss"] == pytest.approx(theirs.metrics["val_loss"], rel=1e-10)
+    assert driven.last["num_rescues"] == len(driven.changes) <= len(moments) - len(faults.left)
+    state = torch.load(driven.checkpoints[-1], weights_only=True)
+    expected_limit = driven.changes[-1].microbatch_limit if driven.changes else limit
+    assert (state["microbatch_limit"], state["num_rescues"]) == (expected_limit, len(driven.changes))
+
+
+@pytest.mark.parametrize("phase", ["data", "forward", "loss", "backward", "clip"])
+def test_memory_that_runs_out_in_any_phase_halves_the_microbatch_for_good(tmp_path: Path, phase: str) -> None:
+    faults = Faults((phase, 3))
+    driven = faults.drive(tmp_path, limit=5, **RESCUE_OPTIONS)
+    (change,) = driven.changes
+    assert (change.failed_microbatch_size, change.microbatch_limit, change.accumulation_steps) == (5, 2, 5)
+    assert change.message == f"CUDA out of memory in {phase}"
+    assert faults.sizes[-4:] == [2, 2, 2, 1]  # the last window's 7 samples
+    assert faults.left == []
+
+
+def test_the_optimizers_step_is_never_tried_again(tmp_path: Path) -> None:
+    faults = Faults(("step", 2))
+    with pytest.raises(
+        OutOfMemoryInTrainingError, match="inside the optimizer's step, which cannot be done again"
+    ):
+        faults.drive(tmp_path, limit=5, **RESCUE_OPTIONS)
+    assert faults.counts["step"] == 2
+
+
+def test_evaluation_that_runs_out_of_memory_leaves_the_training_size_alone(tmp_path: Path) -> None:
+    faults = Faults(("evaluation", 2))
+    accuracy = {"accuracy": lambda: torchmetrics.classification.MulticlassAccuracy(2, average="micro")}
+    changes = {"predict": lambda model, batch: (model(batch["x"]), batch["y"]), "metrics": accuracy}
+    driven = faults.drive(tmp_path / "faults", faults.task(**changes), limit=5, **RESCUE_OPTIONS)
+    whole = Faults().drive(tmp_path / "whole", Faults().task(**changes), limit=5, **RESCUE_OPTIONS)
+    for name in ("train_loss", "val_accuracy", "num_rescues"):
+        assert driven.last[name] == whole.last[name], name
+    assert driven.last["val_loss"] == pytest.approx(whole.last["val_loss"], rel=1e-12)
+    assert driven.changes == []
+    state = torch.load(driven.checkpoints[-1], weights_only=True)
+    assert (state["microbatch_limit"], state["evaluation_microbatch_limit"]) == (5, 2)
+    # Eleven samples: 4 and 4 that failed, then six of two and one in this epoch and in the next.
+    assert faults.counts["evaluation"] == 2 + 6 + 6
+
+
+def test_when_not_even_one_sample_fits_any_more_training_ends_and_says_so(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemoryInTrainingError, match="not even a single sample at a time fits any more"):
+        drive(make_task(loss=loss), tmp_path, limit=5)
+
+
+def make_normalized_task(faults: Faults | None = None) -> Task:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if faults is not None:
+            faults.reach("forward")
+        return cross_entropy(model, batch)
+
+    return make_task(
+        model=lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)
+        ).double(),
+        loss=loss,
+        train_data=lambda: make_data(40),
+    )
+
+
+@pytest.mark.parametrize("failing_call", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_statistics_and_random_state_are_those_of_the_windows_start_plus_one_pass(
+    tmp_path: Path, failing_call: int, loader_workers: int
+) -> None:
+    """Bit equal to a training in which that window had the smaller micro-batches from the beginning."""
+    driven = drive(
+        make_normalized_task(Faults(("forward", failing_call))),
+        tmp_path,
+        limit=5,
+        effective_batch_size=10,
+        epochs=1,
+        loader_workers=loader_workers,
+    )
+    task, seed = make_normalized_task(), make_settings().seed
+    seed_everything(seed)
+    model = task.model()
+    optimizer = task.optimizer(model)
+    windows = EpochLoader(task, task.train_data(), CPU, seed=seed, num_workers=0).windows(10, 0)
+    for index in range(4):
+        limit = 5 if index < (failing_call - 1) // 2 else 2
+        accumulate_gradients(model, task.loss, windows.read(index, BatchPlan.build(10, limit)))
+        optimizer.step()
+    assert driven.weights.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert driven.weights[name].equal(value), name
+    assert int(driven.weights["1.num_batches_tracked"]) == sum(
+        2 if index < (failing_call - 1) // 2 else 5 for index in range(4)
+    )
+
+
+def test_a_rescued_run_that_is_resumed_goes_on_bit_equal(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "epochs": 3}
+    whole = drive(make_normalized_task(Faults(("forward", 3))), tmp_path / "whole", limit=5, **options)
+    resumed = drive(
+        make_normalized_task(), tmp_path / "resumed", limit=2, checkpoint=whole.checkpoints[0], **options
+    )
+    assert resumed.last["num_rescues"] == whole.last["num_rescues"] == 1
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+
+
+class Clock:
+    """Time that passes only where the task says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+@pytest.fixture
+def timed_task(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Task, list[int]]]:
+    """A task whose micro-batches of two take long and single samples no time, and the sizes it has seen."""
+    clock = Clock()
+    monkeypatch.setattr(train_loop, "time", clock)
+
+    def build(num_samples: int = 500) -> tuple[Task, list[int]]:
+        sizes: list[int] = []
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            sizes.append(len(batch[0]))
+            clock.now += 1.0 if len(batch[0]) == 2 else 0.1
+            return cross_entropy(model, batch)
+
+        return make_task(num_samples=num_samples, loss=loss), sizes
+
+    return build
+
+
+def test_a_long_training_keeps_the_plan_that_was_fastest_in_its_first_windows(
+    tmp_path: Path, timed_task: Callable[[], tuple[Task, list[int]]]
+) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 4, "limit": 2}
+    task, sizes = timed_task()
+    driven = drive(task, tmp_path / "whole", epochs=2, **options)
+    (change,) = driven.changes
+    assert (change.microbatch_size, change.accumulation_steps, change.microbatch_limit) == (1, 4, 2)
+    assert change.failed_microbatch_size is None
+    # The epoch's first window and a turn of four with twos, one with ones, and one with twos again.
+    assert sizes[: 10 + 16 + 8] == [2] * 10 + [1] * 16 + [2] * 8
+    assert set(sizes[10 + 16 + 8 :]) == {1}
+    assert driven.last["num_samples"] == 1000
+    assert torch.load(driven.checkpoints[0], weights_only=True)["accumulation_steps"] == 4
+    task, sizes = timed_task()
+    resumed = drive(task, tmp_path / "resumed", epochs=2, checkpoint=driven.checkpoints[0], **options)
+    assert set(sizes) == {1}
+    assert [each.accumulation_steps for each in resumed.changes] == [4]
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, driven.weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "options"), [(500, {"probe": "off"}), (480, {}), (500, {"limit": 4})]
+)
+def test_a_given_size_a_short_training_and_a_single_step_are_left_as_they_are(
+    tmp_path: Path,
+    timed_task: Callable[..., tuple[Task, list[int]]],
+    num_samples: int,
+    options: dict[str, Any],
+) -> None:
+    task, sizes = timed_task(num_samples)
+    driven = drive(task, tmp_path, **{"effective_batch_size": 4, "limit": 2, "epochs": 1, **options})
+    assert driven.changes == []
+    assert len(set(sizes)) == 1
+
+
+def test_a_rescue_ends_the_timing(tmp_path: Path, timed_task: Callable[[], tuple[Task, list[int]]]) -> None:
+    task, sizes = timed_task()
+    faults, loss = Faults(("forward", 5)), task.loss
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        faults.reach("forward")
+        return loss(model, batch)
+
+    driven = drive(replace(task, loss=failing), tmp_path, limit=2, effective_batch_size=4, epochs=1)
+    (change,) = driven.changes
+    assert (change.failed_microbatch_size, change.accumulation_steps) == (2, 4)
+    assert sizes == [2] * 4 + [1] * (500 - 8)
 
 
 @pytest.fixture

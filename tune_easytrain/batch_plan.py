@@ -26,19 +26,27 @@ class BatchPlan:
 
     @classmethod
     def build(
-        cls, effective_batch_size: int, microbatch_limit: int, *, num_workers: int = 1, rank: int = 0
+        cls,
+        effective_batch_size: int,
+        microbatch_limit: int,
+        *,
+        num_workers: int = 1,
+        rank: int = 0,
+        accumulation_steps: int | None = None,
     ) -> BatchPlan:
         """Plan a window of `effective_batch_size` samples, at most `microbatch_limit` of them at a time.
 
         The workers' shares differ by at most one. The number of accumulation steps is the smallest that
-        respects the limit, the same on every worker. Nothing has to be divisible by anything.
+        respects the limit, or the one given, the same on every worker. Nothing has to be divisible by
+        anything.
 
         >>> BatchPlan.build(100, 24).microbatch_sizes
         (20, 20, 20, 20, 20)
         >>> BatchPlan.build(3, 1, num_workers=2, rank=1).microbatch_sizes
         (1, 0)
 
-        Raises ValueError for sizes below one and for a rank that is not one of the workers.
+        Raises ValueError for sizes below one, for a rank that is not one of the workers, and for fewer
+        steps than the limit needs.
         """
         for name, value in (
             ("effective_batch_size", effective_batch_size),
@@ -49,7 +57,11 @@ class BatchPlan:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < num_workers:
             raise ValueError(f"rank must be from 0 to {num_workers - 1}, got {rank}")
-        accumulation_steps = -(-_largest_share(effective_batch_size, num_workers) // microbatch_limit)
+        fewest_steps = -(-_largest_share(effective_batch_size, num_workers) // microbatch_limit)
+        if accumulation_steps is None:
+            accumulation_steps = fewest_steps
+        elif accumulation_steps < fewest_steps:
+            raise ValueError(f"accumulation_steps must be at least {fewest_steps}, got {accumulation_steps}")
         sizes = _even_parts(_share(effective_batch_size, num_workers, rank), accumulation_steps)
         return cls(effective_batch_size, microbatch_limit, num_workers, rank, sizes)
 
@@ -69,11 +81,33 @@ class BatchPlan:
         return sum(self.microbatch_sizes)
 
     def for_window(self, num_samples: int) -> BatchPlan:
-        """Return the plan of a window of `num_samples` in all, such as the short last one of an epoch."""
+        """Return the plan of a window of `num_samples` in all, such as the short last one of an epoch.
+
+        A short window has the fewest steps that respect the limit.
+        """
         if num_samples == self.effective_batch_size:
             return self
         return BatchPlan.build(
             num_samples, self.microbatch_limit, num_workers=self.num_workers, rank=self.rank
+        )
+
+    def with_limit(self, microbatch_limit: int) -> BatchPlan:
+        """Return the plan for the same samples with at most `microbatch_limit` of them at a time."""
+        return BatchPlan.build(
+            self.effective_batch_size, microbatch_limit, num_workers=self.num_workers, rank=self.rank
+        )
+
+    def with_steps(self, accumulation_steps: int) -> BatchPlan:
+        """Return the plan for the same samples and limit in `accumulation_steps` micro-batches.
+
+        Raises ValueError for fewer steps than the limit needs.
+        """
+        return BatchPlan.build(
+            self.effective_batch_size,
+            self.microbatch_limit,
+            num_workers=self.num_workers,
+            rank=self.rank,
+            accumulation_steps=accumulation_steps,
         )
 
     def windows(self, num_samples: int) -> Iterator[BatchPlan]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -46,7 +46,7 @@ class SeededSamples(Dataset[Any]):
 
 
 class EpochLoader:
-    """Reads the windows of an epoch micro-batch by micro-batch.
+    """Reads a data set micro-batch by micro-batch.
 
     Host memory holds the micro-batch at hand, and those that loader processes have read ahead, whatever
     the effective batch size.
@@ -64,25 +64,10 @@ class EpochLoader:
         """Samples of the data set."""
         return len(self._samples)
 
-    def windows(self, plan: BatchPlan, epoch: int) -> Iterator[tuple[BatchPlan, Iterator[Batch]]]:
-        """Yield, for each window of a shuffled epoch, its plan and its micro-batches on the device.
-
-        Every sample comes exactly once over all workers. A window's micro-batches must be consumed before
-        the next window is asked for.
-        """
+    def windows(self, effective_batch_size: int, epoch: int) -> EpochWindows:
+        """Return the windows of one shuffled epoch, of `effective_batch_size` samples over all workers."""
         order = epoch_order(self.num_samples, self._seed, epoch)
-        plans = list(plan.windows(self.num_samples))
-        microbatches: list[list[SampleKey]] = []
-        start = 0
-        for window in plans:
-            position = start + window.window_offset()
-            for size in filter(None, window.microbatch_sizes):
-                microbatches.append([(epoch, index) for index in order[position : position + size]])
-                position += size
-            start += window.effective_batch_size
-        batches = self._load(microbatches)
-        for window in plans:
-            yield window, islice(batches, sum(1 for size in window.microbatch_sizes if size))
+        return EpochWindows(self._load, [(epoch, index) for index in order], effective_batch_size)
 
     def in_order(self, microbatch_size: int) -> Iterator[Batch]:
         """Yield the whole data set in its own order; augmentation, if any, is that of epoch 0."""
@@ -106,6 +91,57 @@ class EpochLoader:
         )
         # A generator's loop would keep hold of a batch until it has the next one.
         return map(partial(move_batch, device=self._device), loader)
+
+
+class EpochWindows:
+    """The windows of one epoch; each is read in the micro-batches of the plan that is given when it is read.
+
+    Loader processes read ahead in the sizes of that plan. Where another plan follows, or a window is read
+    again, they are started anew from that window on, so that no micro-batch comes in a size of before.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Sequence[list[SampleKey]]], Iterator[Batch]],
+        order: Sequence[SampleKey],
+        effective_batch_size: int,
+    ) -> None:
+        self._load = load
+        self._order = order
+        self._effective_batch_size = effective_batch_size
+        self._ahead: Iterator[Batch] = iter(())
+        self._next: tuple[BatchPlan, int] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._effective_batch_size)
+
+    def num_samples(self, index: int) -> int:
+        """Return the samples of a window over all workers: fewer than the others have only in the last."""
+        return min(self._effective_batch_size, len(self._order) - index * self._effective_batch_size)
+
+    def read(self, index: int, plan: BatchPlan) -> Iterator[Batch]:
+        """Yield this worker's micro-batches of a window, on the device; `plan` is that of a whole window.
+
+        Every sample comes exactly once in an epoch over all workers. A window's micro-batches must be
+        consumed before the next window is read.
+        """
+        if self._next != (plan, index):
+            self._ahead = iter(())  # ends the loader processes of before
+            self._ahead = self._load(self._microbatches(index, plan))
+        self._next = (plan, index + 1)
+        sizes = plan.for_window(self.num_samples(index)).microbatch_sizes
+        return islice(self._ahead, sum(1 for size in sizes if size))
+
+    def _microbatches(self, first: int, plan: BatchPlan) -> list[list[SampleKey]]:
+        """Return the samples of this worker's micro-batches from window `first` to the epoch's end."""
+        microbatches = []
+        for index in range(first, len(self)):
+            window = plan.for_window(self.num_samples(index))
+            position = index * self._effective_batch_size + window.window_offset()
+            for size in filter(None, window.microbatch_sizes):
+                microbatches.append(list(self._order[position : position + size]))
+                position += size
+        return microbatches
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:

@@ -1,90 +1,114 @@
-"""Device memory: how much there is, the budget of one worker, the cap that enforces it, the peak."""
+"""Device memory: how much there is, the cap that enforces a budget, the peak; which errors say it ran out."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import resource
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-CUDA_RESERVE_BYTES = 256 * 2**20
-"""Kept out of a GPU's budget: the context and library handles live outside torch's allocator."""
+from tune_easytrain.errors import TuneEasyTrainError
+from tune_easytrain.memory_budget import BudgetRequest
 
-_HEADROOM_FRACTION = 0.02
-_HEADROOM_BYTES = 96 * 2**20
-_LARGEST_HEADROOM_FRACTION = 0.1
-
-_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "failed to allocate",
-    "could not create a primitive",
-    "could not execute a primitive",
-    "could not create a memory object",
-    "std::bad_alloc",
-    "cudnn_status_internal_error",
-    "cudnn_status_alloc_failed",
-    "cublas_status_alloc_failed",
-    "cusolver_status_alloc_failed",
-    "unable to find an engine to execute this computation",
+_MEMORY_WORDS = re.compile(
+    "out of memory"  # torch, the CUDA driver, HIP, NCCL, Triton
+    "|can(no|')t allocate memory|not enough memory|failed to allocate|unable to allocate"
+    "|std::bad_alloc"
+    "|(cudnn|cublas|cusolver|cusparse)_status_alloc_failed|cufft_alloc_failed"
+    "|cudnn_status_internal_error(?!_compilation|_unexpected)"
+    "|unable to find an engine|unable to find a valid cudnn algorithm"
+    "|could not create a primitive(?! desc)|could not execute a primitive|could not create a memory object"
+    # Host memory and /dev/shm: what a loader process holds grows with the micro-batch too.
+    r"|dataloader worker \(pid.*\) is killed by signal: (killed|bus error)"
+    "|</torch_.*>: no space left on device"
 )
 """How libraries say that memory ran out, in lower case. oneDNN and cuDNN do not name memory at all."""
+
+_SIZE_WORDS = re.compile(
+    "canuse32bitindexmath|32-bit ind|int_max|int32_t max|numeric_limits<int"
+    r"|integer out of range|tensors? (is |are )?too large|\b65535\b"
+    r"|blocks must be positive, but got n=-"  # a count that overflowed; zero is an empty input, a bug
+)
+"""How they say that a tensor has more elements, or a launch more blocks, than a kernel can count."""
+
+_AMBIGUOUS_WORDS = re.compile(
+    "cublas_status_(not_supported|not_initialized|invalid_value|execution_failed|internal_error)"
+    "|cudnn_status_(not_supported|not_initialized|bad_param|execution_failed)"
+    r"|invalid configuration argument|(cuda|hip)( error|\])?: invalid argument"
+    "|illegal memory access|execution plans|could not create a primitive desc|without overflow"
+)
+"""What a bug and a micro-batch beyond a kernel's limit say alike."""
 
 
 class ErrorKind(StrEnum):
     """What an error of one attempt means for the next."""
 
     MEMORY = "memory"
-    """A smaller micro-batch helps."""
+    """Memory ran out: a smaller micro-batch helps."""
+    SIZE_LIMIT = "size_limit"
+    """A kernel cannot count so far, whatever the memory: a smaller micro-batch helps."""
     BUG = "bug"
-    """Nothing to do with memory: raised to the user as it is."""
+    """Nothing to do with the size: raised to the user as it is."""
 
 
-def classify_error(error: BaseException) -> ErrorKind:
-    """Tell whether `error` means that memory ran out; whatever is in doubt is a bug.
+def classify_error(error: BaseException, *, smaller_ran: bool = False) -> ErrorKind:
+    """Tell whether a smaller micro-batch would help against `error`; whatever is in doubt is a bug.
 
-    Only torch's and Python's own memory errors count by type. Other errors count by message, and only
-    where they are plain RuntimeErrors: a ValueError that happens to speak of memory is a bug.
+    torch's and Python's own memory errors count by type, the kernel's by its number. Other errors count by
+    message, and only where they are RuntimeErrors: a ValueError that happens to speak of memory is a bug. An
+    error that was raised because of another one, or while it was handled, counts as that one too. What this
+    package raises on purpose is final, and a device-side assert is a bug whatever else is said.
+
+    Args:
+        error: what was raised.
+        smaller_ran: the same code has run in this process on fewer samples of the same kind. Words that a
+            bug and a size limit have in common (`CUBLAS_STATUS_NOT_SUPPORTED`) then mean a size limit.
+
+    The spellings are those of capped runs on CPUs and GPUs, and of reports to PyTorch, oneDNN and NCCL.
     """
+    if not isinstance(error, Exception) or isinstance(error, TuneEasyTrainError):
+        return ErrorKind.BUG
+    chain = list(_chain(error))
+    if any("device-side assert" in str(link).lower() for link in chain):
+        return ErrorKind.BUG
+    kinds = {_kind(link, smaller_ran) for link in chain}
+    return next(kind for kind in ErrorKind if kind in kinds)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those behind it, as a traceback would show them."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _kind(error: BaseException, smaller_ran: bool) -> ErrorKind:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return ErrorKind.MEMORY
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return ErrorKind.MEMORY
     if isinstance(error, RuntimeError):
         message = str(error).lower()
-        if "device-side assert" not in message and any(text in message for text in _MEMORY_MESSAGES):
+        if _MEMORY_WORDS.search(message):
             return ErrorKind.MEMORY
+        if _SIZE_WORDS.search(message) or (smaller_ran and _AMBIGUOUS_WORDS.search(message)):
+            return ErrorKind.SIZE_LIMIT
     return ErrorKind.BUG
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetRequest:
-    """What one worker may take of its device.
-
-    Attributes:
-        memory_fraction: share of the device's memory that all trials on it may use together.
-        device_share: this worker's share of the device (a quarter of a GPU; one of two trials on a CPU).
-        memory_budget_bytes: a budget given outright, in bytes; the device's own limit still holds.
-    """
-
-    memory_fraction: float = 0.9
-    device_share: float = 1.0
-    memory_budget_bytes: int | None = None
-
-
-def headroom_bytes(budget_bytes: int) -> int:
-    """Return how much of a budget the probe leaves free, in bytes, so that training does not end at its edge.
-
-    Training holds what an attempt does not: data on its way, libraries' caches, a more fragmented heap.
-    """
-    small = min(_HEADROOM_BYTES, int(_LARGEST_HEADROOM_FRACTION * budget_bytes))
-    return max(small, int(_HEADROOM_FRACTION * budget_bytes))
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 class DeviceMemory(Protocol):
@@ -129,14 +153,12 @@ class CudaMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", device.index if device.index is not None else 0)
+        _expand_segments()
 
     def budget_bytes(self, request: BudgetRequest) -> int:
         """Return min(fraction × share × total, free + own) − reserve, or less where a budget is given."""
         free, total = torch.cuda.mem_get_info(self._device)
-        own = torch.cuda.memory_reserved(self._device)
-        fraction = request.memory_fraction * request.device_share
-        budget = min(int(fraction * total), free + own) - CUDA_RESERVE_BYTES
-        return _within(request, budget)
+        return request.gpu_budget_bytes(total, free + torch.cuda.memory_reserved(self._device))
 
     def cap(self, budget_bytes: int) -> None:
         """Limit torch's allocator to `budget_bytes`."""
@@ -170,6 +192,18 @@ class CudaMemory:
         torch.cuda.empty_cache()
 
 
+def _expand_segments() -> None:
+    """Let the allocator's segments grow, so that hardly a block lies idle for being of the wrong size.
+
+    Settings in the environment take precedence.
+    """
+    if any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
+        return
+    apply = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if apply is not None:
+        apply("expandable_segments:True")
+
+
 class CpuMemory:
     """The memory of this process on a CPU, capped by RLIMIT_DATA.
 
@@ -186,8 +220,7 @@ class CpuMemory:
 
     def budget_bytes(self, request: BudgetRequest) -> int:
         """Return fraction × min(RAM, cgroup limit) × share, or less where a budget is given."""
-        total = host_memory_bytes()
-        return _within(request, int(request.memory_fraction * request.device_share * total))
+        return request.host_budget_bytes(host_memory_bytes())
 
     def cap(self, budget_bytes: int) -> None:
         """Let the process map `budget_bytes` more than it had when the meter was made."""
@@ -232,12 +265,6 @@ def host_memory_bytes() -> int:
         if text.isdigit():
             limits.append(int(text))
     return min(limits)
-
-
-def _within(request: BudgetRequest, device_limit_bytes: int) -> int:
-    if request.memory_budget_bytes is None:
-        return device_limit_bytes
-    return min(request.memory_budget_bytes, device_limit_bytes)
 
 
 def _status_bytes(field: str) -> int:

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tune_easytrain.accumulate import accumulate_gradients
+from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
 from tune_easytrain.batch import count_samples
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import NonFiniteLossError, TaskError
-from tune_easytrain.loader import EpochLoader
+from tune_easytrain.errors import NonFiniteLossError, OutOfMemoryInTrainingError, TaskError
+from tune_easytrain.loader import EpochLoader, EpochWindows
+from tune_easytrain.memory import ErrorKind, classify_error, first_line
+from tune_easytrain.plan_timing import PlanTiming
 from tune_easytrain.precision import autocast
+from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.random_state import get_random_state, seed_everything, set_random_state
+from tune_easytrain.rescue import Rescue
 from tune_easytrain.task import Batch, Task
 from tune_easytrain.trial_context import TrialContext
 
@@ -63,10 +67,12 @@ def checkpoint_microbatch_limit(checkpoint: Mapping[str, Any]) -> int:
 def train(config: dict[str, Any], trial: TrialContext) -> None:
     """Train a task to its last epoch, or until its metric has not improved for `patience` epochs.
 
-    Every optimizer step sees exactly the effective batch size (the last of an epoch what is left). A
-    checkpoint is reported with every epoch.
+    Every optimizer step sees exactly the effective batch size (the last of an epoch what is left). Where
+    memory runs out in a window, it is computed again with smaller micro-batches. In a long training the
+    first windows show which number of micro-batches is fastest. A checkpoint is reported with every epoch.
 
-    Raises NonFiniteLossError when a loss is NaN or infinite, and whatever the task raises.
+    Raises NonFiniteLossError when a loss is NaN or infinite, OutOfMemoryInTrainingError when not even one
+    sample fits any more or memory runs out inside the optimizer's step, and whatever the task raises.
     """
     task, plan = trial.task, trial.batch_plan
     if task is None or plan is None:
@@ -87,7 +93,7 @@ class _Run:
     """The state of one training run: model, optimizer, scheduler, data and progress."""
 
     def __init__(self, task: Task, plan: BatchPlan, trial: TrialContext) -> None:
-        self.task, self.plan, self.trial = task, plan, trial
+        self.task, self.trial = task, trial
         self.settings, self.device = trial.settings, trial.device
         seed_everything(self.settings.seed)
         self.model: nn.Module = task.model().to(self.device)
@@ -98,11 +104,26 @@ class _Run:
         self.train_loader = self._loader(task.train_data())
         self.val_loader = None if task.val_data is None else self._loader(task.val_data())
         self.progress = Progress()
+        self.training = trial.rescue(self.model)
+        self.timing = self._plan_timing()
+        # The whole evaluation counts as one window. Its micro-batches are halved for its own sake alone.
+        num_val_samples = 1 if self.val_loader is None else max(1, self.val_loader.num_samples)
+        evaluation_plan = BatchPlan.build(num_val_samples, plan.microbatch_limit)
+        self.evaluation = Rescue(self.model, evaluation_plan, trial.memory, tell=lambda change: None)
 
     def _loader(self, data: Any) -> EpochLoader:
         return EpochLoader(
             self.task, data, self.device, seed=self.settings.seed, num_workers=self.settings.loader_workers
         )
+
+    def _plan_timing(self) -> PlanTiming:
+        plan = self.training.plan
+        num_full_windows = self.train_loader.num_samples // plan.effective_batch_size
+        num_epochs = self.settings.epochs - self.progress.epoch
+        if self.settings.probe == "off":  # the given size is used as it is
+            num_epochs = 0
+        num_windows = num_epochs * max(0, num_full_windows - 1)
+        return PlanTiming(plan, num_windows, is_near_edge=self.trial.is_near_edge)
 
     def one_epoch(self) -> str:
         """Train, evaluate and report one epoch; return why it was the last, or an empty string."""
@@ -118,6 +139,7 @@ class _Run:
             "epoch": self.progress.epoch,
             "optimizer_steps": self.progress.optimizer_steps,
             "num_samples": self.progress.num_samples,
+            "num_rescues": self.training.num_rescues,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_second": result.num_samples / result.train_seconds,
             "epoch_seconds": time.perf_counter() - start,
@@ -145,32 +167,79 @@ class _Run:
         start = time.perf_counter()
         loss_sum = weight_sum = 0.0
         num_samples = 0
-        for _, microbatches in self.train_loader.windows(self.plan, self.progress.epoch):
-            record = accumulate_gradients(self.model, self._loss, microbatches, weight=self.task.weight)
-            self._require_finite("training loss", record.loss)
-            if self.settings.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
-            self.progress.optimizer_steps += 1
-            self.progress.num_samples += record.num_samples
+        windows = self.train_loader.windows(self.training.plan.effective_batch_size, self.progress.epoch)
+        for index in range(len(windows)):
+            record = self._train_window(windows, index)
             num_samples += record.num_samples
             loss_sum += record.loss * record.weight
             weight_sum += record.weight
         self.optimizer.zero_grad(set_to_none=True)
         return EpochResult(loss_sum / weight_sum, num_samples, time.perf_counter() - start)
 
+    def _train_window(self, windows: EpochWindows, index: int) -> AccumulationRecord:
+        """Take one optimizer step; the time it took may count in the choice of the plan."""
+        plan = self.training.plan
+        is_full = windows.num_samples(index) == plan.effective_batch_size
+        is_timed = not self.timing.is_done and is_full and index > 0  # the first waits for the loader
+        start = self._synchronized_time() if is_timed else 0.0
+        record = self.training.run(
+            lambda plan: self._gradients(windows.read(index, plan)), windows.num_samples(index)
+        )
+        self._require_finite("training loss", record.loss)
+        self._step()
+        self.progress.optimizer_steps += 1
+        self.progress.num_samples += record.num_samples
+        if self.training.plan is not plan:  # rescued: the sizes that were timed are of no use any more
+            self.timing = PlanTiming(self.training.plan, 0)
+        elif is_timed:
+            self.timing.add(self._synchronized_time() - start)
+            self._use_timed_plan()
+        return record
+
+    def _gradients(self, microbatches: Iterable[Batch]) -> AccumulationRecord:
+        record = accumulate_gradients(self.model, self._loss, microbatches, weight=self.task.weight)
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        return record
+
+    def _step(self) -> None:
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if classify_error(error) is not ErrorKind.MEMORY:
+                raise
+            raise OutOfMemoryInTrainingError(
+                f"memory ran out inside the optimizer's step, which cannot be done again once it has begun: "
+                f"{first_line(error)}. Raise batch.memory_budget or batch.memory_fraction, or use an "
+                "optimizer with less state"
+            ) from error
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _synchronized_time(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _use_timed_plan(self) -> None:
+        self.training.plan = self.timing.plan
+        if self.timing.is_done and self.timing.plan != self.trial.batch_plan:
+            self.trial.send(PlanChanged.to(self.timing.plan))
+
     def _evaluate(self) -> dict[str, float]:
         """Return the validation loss and metrics; empty without a validation set."""
         if self.val_loader is None:
             return {}
         self.model.eval()
+        return self.evaluation.run(self._evaluate_all)
+
+    def _evaluate_all(self, plan: BatchPlan) -> dict[str, float]:
+        assert self.val_loader is not None
         metrics = {name: build().to(self.device) for name, build in self.task.metrics.items()}
         loss_sum: Tensor = torch.zeros((), device=self.device, dtype=torch.float64)
         weight_sum = 0.0
         with torch.no_grad():
-            for batch in self.val_loader.in_order(self.plan.microbatch_limit):
+            for batch in self.val_loader.in_order(plan.microbatch_size):
                 loss, weight = self._evaluate_batch(batch, metrics.values())
                 del batch  # or it would be held while the next one is loaded
                 loss_sum += loss.double() * weight
@@ -218,7 +287,10 @@ class _Run:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "random_state": get_random_state(),
             "progress": asdict(self.progress),
-            "microbatch_limit": self.plan.microbatch_limit,
+            "microbatch_limit": self.training.plan.microbatch_limit,
+            "accumulation_steps": self.training.plan.accumulation_steps if self.timing.is_done else None,
+            "evaluation_microbatch_limit": self.evaluation.plan.microbatch_limit,
+            "num_rescues": self.training.num_rescues,
         }
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
@@ -229,6 +301,20 @@ class _Run:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
         set_random_state(checkpoint["random_state"])
         self.progress = Progress(**checkpoint["progress"])
+        self.training.num_rescues = checkpoint["num_rescues"]
+        self.evaluation.plan = self.evaluation.plan.with_limit(
+            min(self.evaluation.plan.microbatch_limit, checkpoint["evaluation_microbatch_limit"])
+        )
+        self._restore_plan(checkpoint["accumulation_steps"])
+
+    def _restore_plan(self, accumulation_steps: int | None) -> None:
+        """Go on with the number of steps that was chosen, or more where this device has less memory."""
+        if accumulation_steps is None:
+            self.timing = self._plan_timing()
+            return
+        plan = self.training.plan
+        self.timing = PlanTiming(plan.with_steps(max(accumulation_steps, plan.accumulation_steps)), 0)
+        self._use_timed_plan()
 
 
 def _scalar(name: str, value: Any) -> float:

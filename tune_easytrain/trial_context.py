@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import TaskError
 from tune_easytrain.memory import DeviceMemory
-from tune_easytrain.protocol import Report
+from tune_easytrain.protocol import PlanChanged, Report
+from tune_easytrain.rescue import Rescue
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import Task
 
@@ -26,8 +28,9 @@ class TrialContext:
         task: what `build_task(config)` returned; None for a sweep without a task.
         device: the device to train on.
         batch_plan: the effective batch size as micro-batches that the probe found to fit; None where the
-            sweep gives no batch size.
+            sweep gives no batch size. What is in use after a rescue is the plan of `rescue(model)`.
         settings: the trial's `batch` and `train` keys.
+        is_near_edge: whether the allocator had to flush its cache when the probe tried this plan's limit.
     """
 
     task: Task | None
@@ -37,7 +40,8 @@ class TrialContext:
     memory: DeviceMemory
     scratch_dir: Path
     checkpoint_path: Path | None
-    send: Callable[[Report], None]
+    send: Callable[[Report | PlanChanged], None]
+    is_near_edge: bool = False
 
     def report(
         self,
@@ -71,6 +75,16 @@ class TrialContext:
                 reason,
             )
         )
+
+    def rescue(self, model: nn.Module) -> Rescue:
+        """Return what computes windows of `model`, again and smaller where memory runs out.
+
+        It begins with `batch_plan`; every later plan is made known to the sweep. Raises TaskError where
+        there is no batch plan.
+        """
+        if self.batch_plan is None:
+            raise TaskError("without a batch size there are no smaller micro-batches to go on with")
+        return Rescue(model, self.batch_plan, self.memory, self.send)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return the last checkpoint reported, with tensors on the CPU; None where the trial starts anew."""

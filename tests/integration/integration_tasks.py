@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tune_easytrain import TrialContext
+import torch
+from torch import nn
+
+from tune_easytrain import Task, TrialContext
 
 
 def train_by_hand(config: dict[str, Any], trial: TrialContext) -> None:
     """Reports twice, with a checkpoint, what it was given and which of its ancestors have loaded torch."""
     assert trial.batch_plan is not None
-    forkserver = os.getppid()
-    status = Path(f"/proc/{forkserver}/status").read_text()
-    worker = int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
+    forkserver, worker = os.getppid(), _ray_worker()
     for value in (0.125, 0.25 if config["model"]["type"] == "small" else 0.5):
         trial.report(
             {
@@ -29,6 +31,32 @@ def train_by_hand(config: dict[str, Any], trial: TrialContext) -> None:
 
 def train_in_silence(config: dict[str, Any], trial: TrialContext) -> None:
     """Reports nothing."""
+
+
+def build_task_that_hangs_once(config: dict[str, Any]) -> Task:
+    """Whichever trial computes a loss first writes its Ray worker's pid to the file `toy.pid`, and hangs."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        try:
+            with Path(config["toy"]["pid"]).open("x") as file:
+                file.write(f"{_ray_worker()}\n")
+        except FileExistsError:
+            return model(batch).mean()
+        time.sleep(3600)
+        raise AssertionError
+
+    return Task(
+        model=lambda: nn.Linear(1, 1),
+        loss=loss,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=config["hp"]["learning_rate"]),
+        train_data=lambda: list(torch.ones(8, 1)),  # type: ignore[arg-type,return-value]
+    )
+
+
+def _ray_worker() -> int:
+    """Return the pid of the Ray worker that this process is a trial's child of."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
 
 
 def _has_torch(pid: int) -> bool:

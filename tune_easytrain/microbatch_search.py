@@ -1,0 +1,146 @@
+"""The largest micro-batch of one trial: its limit, what other trials know, what the probe finds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from tune_easytrain.errors import EstimateError, NotEnoughMemoryError
+from tune_easytrain.events import Event, Probed
+from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.probe import Attempt, Bound, ProbeResult, SearchPlan, find_largest
+from tune_easytrain.probe_cache import KnownSizes, LocalProbeCache, ProbeCache, ProbeEvidence, ProbeQuestion
+from tune_easytrain.protocol import Opened
+from tune_easytrain.settings import TrialSettings
+
+Emit = Callable[[Event], None]
+
+
+def find_limit(
+    run_attempt: Callable[[int], Attempt],
+    settings: TrialSettings,
+    opened: Opened,
+    emit: Emit,
+    cache: ProbeCache | None = None,
+    estimate: Callable[[], MemoryEstimate | EstimateError] | None = None,
+) -> int | None:
+    """Return the most samples one micro-batch may hold: what the probe finds, or what the sweep gives.
+
+    `run_attempt` tries one size on the device; `cache` gets to know at once what that shows. `estimate` is
+    asked for a first size where nothing else gives one. Raises NotEnoughMemoryError when not even one sample
+    fits.
+    """
+    limit, resumed_limit = microbatch_limit(settings, opened), opened.resumed_microbatch_limit
+    if limit is None or settings.probe == "off":
+        return limit
+    question = ProbeQuestion(
+        signature=opened.signature,
+        budget_bytes=opened.budget_bytes,
+        limit=limit if resumed_limit is None else min(limit, resumed_limit),
+    )
+    cache = LocalProbeCache() if cache is None else cache
+    attempts: list[Attempt] = []
+    estimated: MemoryEstimate | EstimateError | None = None
+
+    def attempt(microbatch_size: int) -> Attempt:
+        attempts.append(run_attempt(microbatch_size))
+        cache.publish(ProbeEvidence.from_attempt(question, attempts[-1]))
+        return attempts[-1]
+
+    def tell(microbatch_size: int | None, bound: Bound) -> None:
+        event = _probed_event(attempts, question, known, microbatch_size, bound, estimated)
+        cache.publish(ProbeEvidence.from_probed(event))
+        emit(event)
+
+    try:
+        # A resumed trial has an answer of its own to confirm, and waits for nobody.
+        known = KnownSizes() if resumed_limit is not None else cache.acquire(question)
+        has_answer = resumed_limit is not None or known.proposal is not None or settings.start is not None
+        if not has_answer and settings.search != "power_of_two" and estimate is not None:
+            estimated = estimate()
+        usable = estimated if isinstance(estimated, MemoryEstimate) else None
+        plan = search_plan(settings, resumed_limit, question, known, usable)
+        result = find_largest(attempt, plan)
+        tell(result.microbatch_size, bound_of(result, plan.limit, question, known))
+        return result.microbatch_size
+    except NotEnoughMemoryError:
+        tell(None, Bound.MEMORY)
+        raise
+    finally:
+        cache.release()
+
+
+def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
+    """Return the most samples worth trying at once: the given limit, E, the data set; None without E."""
+    if settings.effective_batch_size is None or opened.num_train_samples is None:
+        return settings.microbatch_limit or settings.effective_batch_size
+    return min(
+        settings.microbatch_limit or settings.effective_batch_size,
+        settings.effective_batch_size,
+        opened.num_train_samples,
+    )
+
+
+def search_plan(
+    settings: TrialSettings,
+    resumed_limit: int | None,
+    question: ProbeQuestion,
+    known: KnownSizes,
+    estimate: MemoryEstimate | None,
+) -> SearchPlan:
+    """Return how to search: a size that this trial or another one has had is only confirmed.
+
+    Below a size that is known to fail, the largest one is searched for from the middle, unless there is an
+    estimate to start with; a search that grows goes on from what is known to fit.
+    """
+    plan = SearchPlan(
+        limit=known.within(question.limit),
+        budget_bytes=question.budget_bytes,
+        start=settings.start,
+        search=settings.search,
+        estimate=estimate,
+    )
+    good, bad = known.largest_good or 0, known.smallest_bad
+    if resumed_limit is not None:
+        return replace(plan, start=question.limit, search="confirm")
+    if known.proposal is not None:
+        return replace(plan, limit=known.proposal, start=known.proposal)
+    if plan.search == "grow" and plan.start is not None:
+        return replace(plan, start=max(plan.start, good))
+    if plan.search != "power_of_two" and plan.start is None and estimate is None and bad is not None:
+        return replace(plan, start=(good + bad) // 2, search="grow")
+    return plan
+
+
+def bound_of(result: ProbeResult, search_limit: int, question: ProbeQuestion, known: KnownSizes) -> Bound:
+    """Return what kept the result from being larger, sizes that other trials had tried included."""
+    if known.bounded_by is not None and result.microbatch_size == known.proposal:
+        return known.bounded_by
+    if result.bounded_by is Bound.LIMIT and search_limit < question.limit:
+        return Bound.MEMORY
+    return result.bounded_by
+
+
+def _probed_event(
+    attempts: Sequence[Attempt],
+    question: ProbeQuestion,
+    known: KnownSizes,
+    size: int | None,
+    bound: Bound,
+    estimated: MemoryEstimate | EstimateError | None,
+) -> Probed:
+    peak_bytes = None
+    if isinstance(estimated, MemoryEstimate) and size is not None:
+        peak_bytes = estimated.peak_bytes(size)
+    return Probed(
+        microbatch_size=size,
+        budget_bytes=question.budget_bytes,
+        bounded_by=bound,
+        seconds=sum(attempt.seconds for attempt in attempts),
+        attempts=[asdict(attempt) for attempt in attempts],
+        limit=question.limit,
+        signature=question.signature,
+        cached=known.proposal is not None,
+        estimated_peak_bytes=peak_bytes,
+        no_estimate=str(estimated) if isinstance(estimated, EstimateError) else "",
+    )

@@ -41,8 +41,24 @@ def test_growing_stops_at_the_real_edge_of_memory() -> None:
     assert "allocate" in failed.message
 
 
-def test_confirming_a_size_that_does_not_fit_goes_on_below_it() -> None:
+def test_what_the_estimate_proposes_is_confirmed_with_one_try() -> None:
     result = probe(limit=6, budget_bytes=THREE_FIT)
+    assert (tried(result), result.bounded_by) == ([(3, Outcome.FITS)], Bound.ESTIMATE)
+
+
+def test_a_limit_that_fits_by_the_estimate_is_confirmed_as_it_is() -> None:
+    result = probe(limit=2, budget_bytes=THREE_FIT)
+    assert (tried(result), result.bounded_by) == ([(2, Outcome.FITS)], Bound.LIMIT)
+
+
+def test_powers_of_two_are_tried_until_one_fails() -> None:
+    result = probe(limit=100, search="power_of_two", budget_bytes=THREE_FIT)
+    assert tried(result) == [(1, Outcome.FITS), (2, Outcome.FITS), (4, Outcome.OUT_OF_MEMORY)]
+    assert (result.microbatch_size, result.bounded_by) == (2, Bound.MEMORY)
+
+
+def test_confirming_a_size_that_does_not_fit_goes_on_below_it() -> None:
+    result = probe(limit=6, start=6, budget_bytes=THREE_FIT)
     assert tried(result) == [(6, Outcome.OUT_OF_MEMORY), (3, Outcome.FITS), (4, Outcome.OUT_OF_MEMORY)]
     assert result.microbatch_size == 3
 
@@ -50,7 +66,7 @@ def test_confirming_a_size_that_does_not_fit_goes_on_below_it() -> None:
 def test_not_even_one_sample_fits() -> None:
     with pytest.raises(NotEnoughMemoryError, match=r"not even one sample fits into 24\.0 MiB") as caught:
         probe(limit=2, budget_bytes=24 * MIB)
-    assert str(caught.value).count("out of memory") == 2
+    assert str(caught.value).count("out of memory") == 1
 
 
 def test_the_data_set_is_a_limit_too() -> None:

@@ -23,9 +23,11 @@ from unittest import mock
 import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from test_memory_plan import make_plan, make_sweep
 
 import tune_easytrain as te
 from tune_easytrain import cli, events, probe, sections
+from tune_easytrain.accelerators import ACCELERATORS
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import GridSearchConfig
 from tune_easytrain.results import COLUMNS, build_frame, summary_rows
@@ -487,6 +489,16 @@ def test_the_trial_of_a_training_function_has_what_is_said() -> None:
         assert name in te.TrialContext.__dataclass_fields__ or hasattr(te.TrialContext, name), name
     assert all(size in text for size in ("5 tries", "10 %", "1.5 times", "first eight", "(2 samples)"))
     assert (probe.MAX_ATTEMPTS, probe.SMALLEST_GAIN) == (5, 0.10)
+
+
+def test_the_gpus_are_the_codes() -> None:
+    rows = table_below("docs/memory.md", "## The GPUs")
+    assert rows == [[gpu.name, f"{gpu.total_bytes / 2**30:.1f} GiB"] for gpu in ACCELERATORS]
+
+
+def test_the_keys_of_a_planned_trial_are_the_codes() -> None:
+    (trial,) = make_plan(make_sweep(["small"])).trials
+    assert [code(key) for key, _ in table_below("docs/memory.md", "## For scripts")] == list(trial.as_json())
 
 
 # Links, length, versions

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 import weakref
 from typing import Any
 
@@ -8,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tune_easytrain import Task
 from tune_easytrain.memory import CpuMemory, DeviceMemory
 from tune_easytrain.probe import Attempt, Outcome
-from tune_easytrain.probe_attempt import run_attempt, worst_case_batch
+from tune_easytrain.probe_attempt import run_attempt
 
 CPU = torch.device("cpu")
 
@@ -153,6 +153,53 @@ def test_a_memory_error_is_the_attempts_outcome() -> None:
     assert not result.ran
 
 
+AMBIGUOUS = "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmStridedBatchedEx(`"
+
+
+def test_what_a_kernel_cannot_count_is_a_size_limit_and_no_lack_of_memory() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if len(batch) > 2:
+            raise RuntimeError("input tensor must fit into 32-bit index math")
+        return model(batch).mean()
+
+    result = attempt(Recording(loss=loss).task)
+    assert (result.outcome, result.ran) == (Outcome.SIZE_LIMIT, False)
+    assert result.message == "input tensor must fit into 32-bit index math"
+
+
+def test_an_ambiguous_error_counts_by_whether_a_smaller_size_has_run() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if len(batch) >= fails_from:
+            raise RuntimeError(AMBIGUOUS)
+        return model(batch).mean()
+
+    fails_from = 3
+    assert attempt(Recording(loss=loss).task).outcome is Outcome.SIZE_LIMIT
+    fails_from = 2
+    for size in (2, 6):
+        with pytest.raises(RuntimeError, match="CUBLAS_STATUS_NOT_SUPPORTED"):
+            attempt(Recording(loss=loss).task, size)
+
+
+def test_a_device_that_is_broken_after_the_failure_does_not_hide_it() -> None:
+    class Broken(CpuMemory):
+        is_broken = False
+
+        def release(self) -> None:
+            if self.is_broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    memory = Broken()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if len(batch) > 2:
+            memory.is_broken = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return model(batch).mean()
+
+    assert attempt(Recording(loss=loss).task, memory=memory).outcome is Outcome.SIZE_LIMIT
+
+
 def test_a_memory_error_without_words_is_named_by_its_type() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         raise MemoryError
@@ -190,32 +237,19 @@ def test_nothing_of_a_failed_pass_is_alive_when_memory_is_given_back() -> None:
     assert len(activations) == 1
 
 
+class Struggling(CpuMemory):
+    """An allocator that flushes its cache whenever it is asked."""
+
+    retries = 0
+
+    def num_retries(self) -> int:
+        self.retries += 1
+        return self.retries
+
+
 def test_an_allocator_that_had_to_flush_its_cache_is_told() -> None:
-    class Struggling(CpuMemory):
-        retries = 0
-
-        def num_retries(self) -> int:
-            self.retries += 1
-            return self.retries
-
     result = attempt(Recording().task, memory=Struggling())
     assert (result.outcome, result.ran) == (Outcome.ALLOCATOR_RETRIED, True)
-
-
-class Growing(Dataset[Tensor]):
-    """Sample i has i + 1 numbers; the ninth and later ones must not be read."""
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, index: int) -> Tensor:
-        assert index < 8
-        return torch.full(((index * 5) % 8 + 1,), float(index))
-
-
-def test_the_default_worst_case_is_the_largest_of_the_first_eight_samples_repeated() -> None:
-    batch = worst_case_batch(Recording(train_data=Growing).task, 3)
-    assert batch.equal(torch.full((3, 8), 3.0))
 
 
 def test_the_tasks_own_worst_case_is_used_and_the_data_left_alone() -> None:
@@ -225,9 +259,3 @@ def test_the_tasks_own_worst_case_is_used_and_the_data_left_alone() -> None:
     recording = Recording(worst_case=lambda num_samples: torch.ones(num_samples, 4), train_data=no_data)
     assert attempt(recording.task, 5).outcome is Outcome.FITS
     assert {call[2] for call in recording.calls if call[0] == "loss"} == {2, 5}
-
-
-def test_the_tasks_own_collate_makes_the_batch() -> None:
-    task = Recording(collate=lambda samples: {"x": torch.stack(samples), "count": len(samples)}).task
-    batch = worst_case_batch(task, 3)
-    assert (batch["x"].shape, batch["count"]) == ((3, 4), 3)

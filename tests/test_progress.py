@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from tune_easytrain.events import Event, Failed, Finished, Planned, Probed, Reported, Started
+from tune_easytrain.events import Event, Failed, Finished, Planned, Probed, Reported, Rescued, Started
 from tune_easytrain.progress import Progress
 from tune_easytrain.trial_record import TrialRecord
 
@@ -29,6 +29,13 @@ EVENTS: list[Event] = [
         num_workers=1,
         warning="a warning",
     ),
+    Rescued(
+        failed_microbatch_size=3,
+        microbatch_limit=1,
+        microbatch_size=1,
+        accumulation_steps=8,
+        message="CUDA out of memory",
+    ),
     Reported(metrics={"epoch": 1.0, "train_loss": 0.5, "val_loss": 0.123456}, peak_memory_bytes=2**29),
 ]
 
@@ -51,6 +58,7 @@ def test_piped_output_is_one_plain_line_per_event() -> None:
         f"{name}: started",
         f"{name}: probe under 1.0 GiB: 6 out_of_memory, 3 fits (1.2 s)",
         f"{name}: effective batch size 8 in 3 micro-batches of at most 3 on cpu; a warning",
+        f"{name}: memory ran out with a micro-batch of 3 (CUDA out of memory); going on with 8 of at most 1",
         f"{name}: epoch 1: train_loss 0.5, val_loss 0.1235",
         f"{name}: finished: all 1 epochs done",
     ]
@@ -66,7 +74,7 @@ def test_a_terminal_gets_a_table_of_the_trials() -> None:
     shown = show(*EVENTS, terminal=True, num_pending=2)
     table = shown[shown.rindex("1 training") :]
     assert "2 pending, 1 training" in shown
-    for cell in ("[small]", "3 × 3", "512.0 MiB / 1.0 GiB", "0.1235", "trial_00002"):
+    for cell in ("[small]", "1 × 8", "512.0 MiB / 1.0 GiB", "0.1235", "trial_00002"):
         assert cell in table
 
 

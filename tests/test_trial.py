@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import build_hungry_task, build_task, make_config, make_settings
+from toys import build_hungry_task, build_task, build_uneven_task, make_config, make_settings
 
 from tune_easytrain import NotEnoughMemoryError
 from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.errors import ChildDiedError, MetricError
-from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started, TrainingEnded
+from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started, TrainingEnded
 from tune_easytrain.probe import Outcome
-from tune_easytrain.protocol import Report
+from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.task_source import pickle_function
 from tune_easytrain.trial import TrialSpec, run_trial
+from tune_easytrain.trial_record import TrialRecord
 
 
 @dataclass
@@ -122,6 +123,74 @@ def test_a_child_that_dies_in_training_fails_the_trial() -> None:
     with pytest.raises(ChildDiedError, match="SIGKILL"):
         next(trial.reports)
     assert trial.kinds() == [Started, Planned, Failed]
+
+
+@pytest.mark.parametrize(("fault", "signal_name"), [("segfault", "SIGSEGV"), ("kill", "SIGKILL")])
+def test_a_task_that_kills_its_process_at_every_size_does_not_fit(fault: str, signal_name: str) -> None:
+    trial = start(config=make_config(toy={"fault": fault}), effective_batch_size=2)
+    with pytest.raises(NotEnoughMemoryError, match=signal_name):
+        next(trial.reports)
+    attempts = trial.event(Probed).attempts
+    assert [(a["microbatch_size"], a["outcome"]) for a in attempts] == [(2, Outcome.DIED), (1, Outcome.DIED)]
+
+
+def test_a_segfault_in_training_fails_the_trial_with_its_name() -> None:
+    trial = start(config=make_config(toy={"fault": "segfault"}), probe="off")
+    with pytest.raises(ChildDiedError, match="SIGSEGV"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Planned, Failed]
+
+
+def test_memory_that_really_runs_out_in_training_is_rescued() -> None:
+    """Eight samples at a time fit the cap, as the probe saw; eight of the larger ones do not."""
+    trial = start(build_uneven_task, config={}, memory_budget_bytes=450 * 2**20, epochs=2)
+    reports = list(trial.reports)
+    assert trial.event(Probed).microbatch_size == 8
+    rescues = [event for event in trial.events if isinstance(event, Rescued)]
+    assert rescues[0].failed_microbatch_size == 8
+    assert rescues[0].message
+    assert trial.event(TrainingEnded).reason == "all 2 epochs done"
+    last = reports[-1].metrics
+    assert (last["num_samples"], last["optimizer_steps"], last["num_rescues"]) == (48, 6, len(rescues))
+    record = TrialRecord.from_events("trial_00000", trial.events)
+    assert record.num_rescues == len(rescues)
+    assert record.plan is not None
+    assert record.plan.microbatch_size == rescues[-1].microbatch_size < 8
+    assert record.plan.effective_batch_size == 8
+
+
+def rescue_by_hand(config: dict[str, Any], trial: Any) -> None:
+    model = trial.task.model()
+    rescue, tried = trial.rescue(model), []
+
+    def window(plan: Any) -> None:
+        tried.append(plan.microbatch_size)
+        if plan.microbatch_size > 2:
+            raise MemoryError
+
+    rescue.run(window)
+    trial.report({"train_loss": 0.0, "num_tried": len(tried)})
+
+
+def test_an_own_training_function_can_be_rescued_too() -> None:
+    trial = start(function=rescue_by_hand)
+    (report,) = trial.reports
+    assert report.metrics["num_tried"] == 3
+    assert [e.failed_microbatch_size for e in trial.events if isinstance(e, Rescued)] == [8, 4]
+
+
+def train_with_another_plan(config: dict[str, Any], trial: Any) -> None:
+    trial.send(PlanChanged.to(trial.batch_plan.with_steps(3)))
+    trial.report({"train_loss": 0.0})
+
+
+def test_a_plan_chosen_by_its_speed_is_the_trials_plan_from_then_on() -> None:
+    trial = start(function=train_with_another_plan, microbatch_limit=4)
+    list(trial.reports)
+    first, second = (event for event in trial.events if isinstance(event, Planned))
+    assert (first.microbatch_size, first.accumulation_steps) == (4, 2)
+    assert (second.microbatch_size, second.accumulation_steps) == (3, 3)
+    assert second.time >= first.time
 
 
 def test_a_metric_that_nobody_reports_is_told_before_anything_is_tried() -> None:

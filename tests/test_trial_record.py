@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from tune_easytrain.events import (
     Planned,
     Probed,
     Reported,
+    Rescued,
     Started,
     Stopped,
     TrainingEnded,
@@ -60,6 +62,27 @@ def record(*events: Event) -> TrialRecord:
 )
 def test_states(events: list[Event], state: TrialState, is_final: bool) -> None:
     assert (record(*events).state, record(*events).state.is_final) == (state, is_final)
+
+
+def rescued(failed: int, size: int, steps: int) -> Rescued:
+    return Rescued(
+        failed_microbatch_size=failed,
+        microbatch_limit=size,
+        microbatch_size=size,
+        accumulation_steps=steps,
+    )
+
+
+def test_rescues_are_counted_and_leave_the_plan_that_is_in_use() -> None:
+    trial = record(*START, rescued(4, 2, 4), epoch(1, 2.0), rescued(2, 1, 8))
+    assert (trial.num_rescues, trial.state) == (2, TrialState.TRAINING)
+    assert trial.plan == replace(PLANNED, microbatch_size=1, accumulation_steps=8)
+    assert record(*START).num_rescues == 0
+
+
+def test_a_plan_that_replaces_another_one_is_the_trials_plan() -> None:
+    faster = replace(PLANNED, microbatch_size=3, accumulation_steps=3)
+    assert record(*START, faster, epoch(1, 2.0)).plan == faster
 
 
 def test_events_add_up() -> None:

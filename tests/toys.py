@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ def _misbehave(toy: dict[str, Any], model: nn.Module) -> None:
         raise KeyError("a bug in the task")
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "segfault":
+        ctypes.string_at(0)
     if fault == "hang":
         time.sleep(3600)
     if toy.get("seconds_per_loss"):
@@ -77,12 +81,13 @@ BYTES_PER_SAMPLE = 8 * 2**20
 class HungryModel(nn.Module):
     """Keeps 8 MiB of activations per sample for the backward pass, and next to nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_sample: int = BYTES_PER_SAMPLE) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
+        self.width = bytes_per_sample // 4
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        wide = batch.reshape(-1, 1).expand(-1, BYTES_PER_SAMPLE // 4) * self.scale
+        wide = batch.reshape(-1, 1).expand(-1, self.width) * self.scale
         return wide.square().mean(1)
 
 
@@ -102,13 +107,38 @@ class Ones(Dataset[torch.Tensor]):
 
 
 def build_hungry_task(config: dict[str, Any]) -> Task:
-    """A task whose memory is its micro-batch, for real out-of-memory errors under a real cap."""
+    """A task whose memory is its micro-batch, for real out-of-memory errors under a real cap.
+
+    `model.bytes_per_sample`, `hp.learning_rate`, `num_samples`.
+    """
+    bytes_per_sample = config.get("model", {}).get("bytes_per_sample", BYTES_PER_SAMPLE)
+    learning_rate = config.get("hp", {}).get("learning_rate", 1e-3)
     return Task(
-        model=HungryModel,
+        model=lambda: HungryModel(bytes_per_sample),
         loss=lambda model, batch: model(batch).mean(),
-        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=learning_rate),
         train_data=lambda: Ones(config.get("num_samples", 64)),
     )
+
+
+class Uneven(Ones):
+    """Samples of one number: how many times the usual memory they need. From the twentieth on it is three."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index) * (1 if index < 20 else 3)
+
+
+class UnevenModel(HungryModel):
+    """Needs as much per sample as the largest number of its batch says."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        wide = batch.reshape(-1, 1).expand(-1, int(batch.max()) * self.width) * self.scale
+        return wide.square().mean(1)
+
+
+def build_uneven_task(config: dict[str, Any]) -> Task:
+    """A task that needs more memory in training than its first samples show the probe."""
+    return replace(build_hungry_task(config), model=UnevenModel, train_data=lambda: Uneven(24))
 
 
 def make_settings(**changes: Any) -> TrialSettings:

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
         BadInputError,
         ConfigError,
         DataError,
+        EstimateError,
         NonFiniteLossError,
         NotEnoughMemoryError,
         TaskError,
         TuneEasyTrainError,
         UnknownNameError,
     )
+    from tune_easytrain.estimate import estimate_memory
+    from tune_easytrain.memory_estimate import MemoryEstimate
     from tune_easytrain.probe import Attempt, ProbeResult
     from tune_easytrain.results import SweepResults, load_results
     from tune_easytrain.search_space import expand_trials
@@ -41,12 +44,15 @@ _MODULES = {
         "BadInputError",
         "ConfigError",
         "DataError",
+        "EstimateError",
         "NonFiniteLossError",
         "NotEnoughMemoryError",
         "TaskError",
         "TuneEasyTrainError",
         "UnknownNameError",
     ),
+    "estimate": ("estimate_memory",),
+    "memory_estimate": ("MemoryEstimate",),
     "probe": ("Attempt", "ProbeResult"),
     "results": ("SweepResults", "load_results"),
     "search_space": ("expand_trials",),
@@ -65,6 +71,8 @@ __all__ = [
     "BatchPlan",
     "ConfigError",
     "DataError",
+    "EstimateError",
+    "MemoryEstimate",
     "NonFiniteLossError",
     "NotEnoughMemoryError",
     "ProbeResult",
@@ -76,6 +84,7 @@ __all__ = [
     "TuneEasyTrainError",
     "UnknownNameError",
     "accumulate_gradients",
+    "estimate_memory",
     "expand_trials",
     "find_microbatch",
     "load_config",

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import cloudpickle
@@ -46,6 +47,28 @@ _main_module_lock = threading.Lock()
 def slow_modules_in_use() -> tuple[str, ...]:
     """Return the modules, slow to import, that this process has loaded: its children need them too."""
     return tuple(name for name in _SLOW_MODULES if name in sys.modules)
+
+
+def forkserver_context(preloaded_modules: Sequence[str] = ()) -> ForkServerContext:
+    """Return the way to start children; the first one of this process starts the forkserver for all.
+
+    The forkserver imports torch and what `preloaded_modules` names; later children find it there.
+    """
+    os.environ.update(_MALLOC_ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED_MODULES, *preloaded_modules])
+    return context
+
+
+def end_with_owner() -> None:
+    """Have the kernel end this child of a forkserver when the process that asked for it is gone.
+
+    The forkserver ends when its owner does; the kernel then ends this process, even inside a C call. It
+    knows by a pipe whose other end each child inherits too, and which therefore has to be closed here.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +112,14 @@ class ChildProcess:
     """
 
     def __init__(self, opening: Any, preloaded_modules: Sequence[str] = ()) -> None:
-        """Start a child that serves the device session described by `opening`.
-
-        The first child of this process starts the forkserver, which imports torch and what
-        `preloaded_modules` names; the later ones find it there.
-        """
-        os.environ.update(_MALLOC_ENVIRONMENT)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_PRELOADED_MODULES, *preloaded_modules])
+        """Start a child that serves the device session described by `opening`."""
+        context = forkserver_context(preloaded_modules)
         self._connection, theirs = context.Pipe()
         environment = {name: os.environ.get(name) for name in _FORWARDED_VARIABLES}
         self._process = context.Process(
             target=_child_main, args=(theirs, cloudpickle.dumps(opening), environment), daemon=False
         )
-        with _main_module_hidden():
+        with main_module_hidden():
             self._process.start()
         theirs.close()
 
@@ -146,7 +163,7 @@ class ChildProcess:
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def main_module_hidden() -> Iterator[None]:
     """Keep `multiprocessing` from running the caller's script again in the child.
 
     A child needs nothing of it (tasks travel pickled by value), a Ray worker's main module would drag Ray
@@ -166,11 +183,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 def _child_main(connection: Connection, opening_payload: bytes, environment: dict[str, str | None]) -> None:
-    # The forkserver ends when its owner does; the kernel then ends this process, even inside a C call. It
-    # knows by a pipe whose other end each child inherits too, and which therefore has to be closed here.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    end_with_owner()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides what Ctrl-C means
     for name, value in environment.items():
         if value is None:

@@ -7,7 +7,8 @@ import tempfile
 from typing import Any, Literal
 
 from tune_easytrain.child_process import slow_modules_in_use
-from tune_easytrain.probe import ProbeResult, Search, find_largest
+from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.probe import ProbeResult, Search, SearchPlan, find_largest
 from tune_easytrain.protocol import Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import BuildTask
@@ -36,8 +37,9 @@ def find_microbatch(
         build_task: config to Task.
         config: what `build_task` is called with.
         limit: the most samples worth having; never exceeded.
-        start: the first size to try; default: the limit.
-        search: `confirm` is content with the first size that fits, `grow` goes on from it.
+        start: the first size to try; default: what the estimate says.
+        search: `confirm` is content with the first size that fits, `grow` goes on from it, `power_of_two`
+            doubles from `start`, or from 1.
         device: `cuda` or `cpu`; default: a GPU where there is one.
         budget_bytes: memory that may be used; default: 90 % of the device.
         precision: number format of the forward passes.
@@ -56,7 +58,7 @@ def find_microbatch(
                 task_payload=pickle_function(build_task, "build_task"),
                 function_payload=None,
                 config=config,
-                settings=_settings(limit, start, search, budget_bytes, precision),
+                settings=probe_settings(limit, start, search, budget_bytes, precision),
                 device=device or "auto",
                 device_share=1.0,
                 num_threads=len(os.sched_getaffinity(0)),
@@ -65,26 +67,32 @@ def find_microbatch(
             slow_modules_in_use(),
         )
         try:
+            estimate = None
+            if start is None and search != "power_of_two":
+                estimated = children.estimate()  # before the device is touched
+                estimate = estimated if isinstance(estimated, MemoryEstimate) else None
             opened = children.open()
             assert opened.num_train_samples is not None
-            return find_largest(
-                lambda size: children.attempt(size, _ATTEMPT_TIMEOUT_SECONDS),
+            plan = SearchPlan(
                 limit=min(limit, opened.num_train_samples),
                 budget_bytes=opened.budget_bytes,
                 start=start,
                 search=search,
+                estimate=estimate,
             )
+            return find_largest(lambda size: children.attempt(size, _ATTEMPT_TIMEOUT_SECONDS), plan)
         finally:
             children.kill()
 
 
-def _settings(
+def probe_settings(
     limit: int,
     start: int | None,
     search: Search,
     budget_bytes: int | None,
     precision: Literal["fp32", "bf16"],
 ) -> TrialSettings:
+    """Return a trial's settings that say nothing but how to probe; the arguments are `find_microbatch`'s."""
     return TrialSettings(
         effective_batch_size=limit,
         microbatch_limit=limit,

@@ -12,21 +12,27 @@ import torch
 
 from tune_easytrain import train_loop
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import OutOfMemoryInTrainingError, TaskError
-from tune_easytrain.memory import BudgetRequest, ErrorKind, classify_error, device_memory, headroom_bytes
-from tune_easytrain.probe import Attempt
+from tune_easytrain.errors import EstimateError, OutOfMemoryInTrainingError, TaskError
+from tune_easytrain.estimate import estimate_task
+from tune_easytrain.memory import ErrorKind, classify_error, device_memory, first_line
+from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes
+from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.probe_attempt import run_attempt
 from tune_easytrain.protocol import (
     AttemptReply,
     AttemptRequest,
     Continue,
+    EstimateRequest,
     Finished,
     Opened,
     Opening,
+    PlanChanged,
     Report,
     TrainRequest,
 )
 from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.signature import task_signature
 from tune_easytrain.task import Task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
 
@@ -48,6 +54,9 @@ class DeviceSession:
         self._device = _choose_device(opening.device)
         self._task = _build_task(opening)
         self._num_train_samples = self._count_train_samples()
+        # What building the model imports is not to count against a cap on the CPU: build it once before.
+        self._signature = self._sign()
+        self._is_near_edge = False
         self.memory = device_memory(self._device)
         self.budget_bytes = opening.budget_bytes or self.memory.budget_bytes(
             BudgetRequest(
@@ -65,6 +74,7 @@ class DeviceSession:
             num_train_samples=self._num_train_samples,
             metric_names=self._metric_names(),
             resumed_microbatch_limit=self._resumed_limit(),
+            signature=self._signature,
         )
 
     def attempt(self, microbatch_size: int) -> AttemptReply:
@@ -81,11 +91,12 @@ class DeviceSession:
             precision=self._settings.precision,
             clip_norm=self._settings.clip_norm,
         )
+        self._is_near_edge = attempt.outcome is Outcome.ALLOCATOR_RETRIED
         kept_bytes = self.memory.used_bytes() - used_before
         return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= _CLEAN_TOLERANCE * headroom)
 
-    def train(self, microbatch_limit: int | None, send: Callable[[Report], None]) -> None:
-        """Run the training function to its end; `send` takes each report.
+    def train(self, microbatch_limit: int | None, send: Callable[[Report | PlanChanged], None]) -> None:
+        """Run the training function to its end; `send` takes each report, and each new batch plan.
 
         Raises OutOfMemoryInTrainingError, with what to change, when memory runs out.
         """
@@ -104,16 +115,16 @@ class DeviceSession:
             scratch_dir=Path(self._opening.scratch_dir),
             checkpoint_path=None if checkpoint is None else Path(checkpoint),
             send=send,
+            is_near_edge=self._is_near_edge,
         )
         try:
             function(self._opening.config, context)
         except Exception as error:
             if classify_error(error) is not ErrorKind.MEMORY:
                 raise
-            message = (str(error) or type(error).__name__).splitlines()[0]
             raise OutOfMemoryInTrainingError(
                 f"memory ran out in training with micro-batches of {microbatch_limit} samples: "
-                f"{message}. Lower hp.batch_size or batch.memory_fraction, or set "
+                f"{first_line(error)}. Lower hp.batch_size or batch.memory_fraction, or set "
                 "batch.probe: auto where it is off"
             ) from error
 
@@ -138,6 +149,11 @@ class DeviceSession:
             raise TaskError("train_data() returned a data set without a single sample")
         return len(data)
 
+    def _sign(self) -> str:
+        if self._task is None or self._settings.probe == "off":
+            return ""
+        return task_signature(self._task, self._opening, self._device)
+
     def _metric_names(self) -> tuple[str, ...] | None:
         if self._opening.function_payload is not None or self._task is None:
             return None
@@ -149,15 +165,19 @@ class DeviceSession:
         return train_loop.checkpoint_microbatch_limit(load_checkpoint(Path(self._opening.checkpoint_path)))
 
 
-def serve(connection: Connection, opening: Opening) -> None:
+def serve(connection: Connection, opening: Opening | EstimateRequest) -> None:
     """Answer a trial's requests until training has ended; errors are the caller's to send."""
+    if isinstance(opening, EstimateRequest):
+        connection.send(estimate(opening.opening))
+        return
     session = DeviceSession(opening)
     connection.send(session.opened())
 
-    def send(report: Report) -> None:
-        connection.send(report)
-        reply = connection.recv()
-        assert isinstance(reply, Continue)
+    def send(message: Report | PlanChanged) -> None:
+        connection.send(message)
+        if isinstance(message, Report):
+            reply = connection.recv()
+            assert isinstance(reply, Continue)
 
     while True:
         request = connection.recv()
@@ -169,15 +189,37 @@ def serve(connection: Connection, opening: Opening) -> None:
             return
 
 
+def estimate(opening: Opening) -> MemoryEstimate | EstimateError:
+    """Return the estimate of a trial's memory, or why there is none; no device is touched."""
+    torch.set_num_threads(opening.num_threads)
+    try:
+        task = _build_task(opening)
+        if task is None:
+            return EstimateError("no estimate: the trial has no task")
+        settings = opening.settings
+        return estimate_task(
+            task,
+            precision=settings.precision,
+            device="cpu" if _device_type(opening.device) == "cpu" else "cuda",
+            clip_norm=settings.clip_norm,
+        )
+    except EstimateError as error:
+        return error
+
+
 def device_name(device: torch.device) -> str:
     """Return the device's name as people know it, `cpu` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _choose_device(name: str) -> torch.device:
+def _device_type(name: str) -> str:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name).type
+
+
+def _choose_device(name: str) -> torch.device:
+    device = torch.device(_device_type(name) if name == "auto" else name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TaskError(
             "the trial was given a GPU but torch sees none on this node; "

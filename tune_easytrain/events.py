@@ -42,7 +42,12 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed(Event):
-    """The probe is over. `attempts` holds every size tried with outcome, peak_bytes, seconds and message."""
+    """The probe is over. `attempts` holds every size tried with outcome, peak_bytes, seconds and message.
+
+    `limit` is the largest size that was worth having, `signature` says which trials the result is good for,
+    and `cached` that another trial had measured it, so that this one only had to confirm it.
+    `estimated_peak_bytes` is the estimate at the size found; where there was none `no_estimate` says why.
+    """
 
     kind: ClassVar[str] = "probed"
     microbatch_size: int | None
@@ -50,11 +55,16 @@ class Probed(Event):
     bounded_by: str
     seconds: float
     attempts: list[dict[str, Any]]
+    limit: int | None = None
+    signature: str = ""
+    cached: bool = False
+    estimated_peak_bytes: int | None = None
+    no_estimate: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(Event):
-    """Training begins with this batch plan on this device."""
+    """Training begins with this batch plan on this device, or goes on with it because it is faster."""
 
     kind: ClassVar[str] = "planned"
     device: str
@@ -64,6 +74,22 @@ class Planned(Event):
     accumulation_steps: int | None
     num_workers: int
     warning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescued(Event):
+    """Memory ran out in training, and the window is computed again with smaller micro-batches.
+
+    `failed_microbatch_size` is the size that did not fit, `message` the first line of the error; the others
+    are the batch plan from now on.
+    """
+
+    kind: ClassVar[str] = "rescued"
+    failed_microbatch_size: int
+    microbatch_limit: int
+    microbatch_size: int
+    accumulation_steps: int
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +136,18 @@ class Stopped(Event):
 
 _KINDS: dict[str, type[Event]] = {
     event.kind: event
-    for event in (Created, Started, Probed, Planned, Reported, TrainingEnded, Failed, Finished, Stopped)
+    for event in (
+        Created,
+        Started,
+        Probed,
+        Planned,
+        Rescued,
+        Reported,
+        TrainingEnded,
+        Failed,
+        Finished,
+        Stopped,
+    )
 }
 
 

@@ -7,15 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from tune_easytrain.config import SweepConfig
-from tune_easytrain.device_session import DeviceSession
+from tune_easytrain.device_session import DeviceSession, estimate
 from tune_easytrain.errors import TuneEasyTrainError
-from tune_easytrain.events import Finished, Reported, Started
-from tune_easytrain.protocol import Opening, Report
+from tune_easytrain.events import Event, Finished, Reported, Started
+from tune_easytrain.microbatch_search import find_limit
+from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache
+from tune_easytrain.protocol import Opening, PlanChanged, Report
 from tune_easytrain.recorder import SweepRecorder
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.search_space import build_trial_space, param_space
 from tune_easytrain.settings import TrialSettings
-from tune_easytrain.trial import describe_plan, failed_event, find_limit, require_metric, require_report
+from tune_easytrain.trial import (
+    describe_change,
+    describe_plan,
+    failed_event,
+    require_metric,
+    require_report,
+    with_rescues_published,
+)
 
 
 def run_trials_inline(
@@ -29,6 +38,7 @@ def run_trials_inline(
 
     Schedulers do not apply, and nothing is stored to resume from.
     """
+    cache = LocalProbeCache()
     for index, trial_config in enumerate(_trial_configs(config, max_experiments)):
         settings = TrialSettings.from_config(trial_config, metric=config.run.metric, mode=config.run.mode)
         name = trial_id(index)
@@ -45,7 +55,7 @@ def run_trials_inline(
                 scratch_dir=scratch_dir,
             )
             try:
-                _run_trial(opening, name, recorder)
+                _run_trial(opening, name, recorder, cache)
             except TuneEasyTrainError as error:
                 recorder.record(name, failed_event(error))
             except BaseException as error:
@@ -53,9 +63,13 @@ def run_trials_inline(
                 raise
 
 
-def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
+def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: ProbeCache) -> None:
     settings = opening.settings
     session = DeviceSession(opening)
+
+    def emit(event: Event) -> None:
+        recorder.record(name, event)
+
     try:
         opened = session.opened()
         require_metric(settings.metric, opened.metric_names)
@@ -63,25 +77,30 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder) -> None:
             lambda size: session.attempt(size).attempt,
             settings,
             opened,
-            lambda event: recorder.record(name, event),
+            emit,
+            cache,
+            lambda: estimate(opening),
         )
-        recorder.record(name, describe_plan(settings, opened, limit))
+        planned = describe_plan(settings, opened, limit)
+        emit(planned)
+        emit_change = with_rescues_published(emit, opened, cache)
         reasons = ["the training function returned"]
         num_reports = 0
 
-        def take(report: Report) -> None:
+        def take(report: Report | PlanChanged) -> None:
             nonlocal num_reports
+            if isinstance(report, PlanChanged):
+                emit_change(describe_change(planned, report))
+                return
             num_reports += 1
             require_metric(settings.metric, report.metrics)
-            recorder.record(
-                name, Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes)
-            )
+            emit(Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes))
             if report.is_final:
                 reasons.append(report.reason)
 
         session.train(limit, take)
         require_report(settings.metric, num_reports)
-        recorder.record(name, Finished(reason=reasons[-1]))
+        emit(Finished(reason=reasons[-1]))
     finally:
         session.memory.uncap()
 

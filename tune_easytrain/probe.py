@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import NotEnoughMemoryError
+from tune_easytrain.memory_budget import headroom_bytes
+from tune_easytrain.memory_estimate import MemoryEstimate
 
 logger = logging.getLogger(__name__)
 
-Search = Literal["confirm", "grow"]
+Search = Literal["confirm", "grow", "power_of_two"]
 
 MAX_ATTEMPTS = 5
 SMALLEST_GAIN = 0.10
 """The search ends when the next size would be less than this much larger than the best one known."""
+SMALLEST_CORRECTION = 0.04
+"""The same for a size that the corrected estimate says will fit: such a try seldom fails."""
 
 
 class Outcome(StrEnum):
@@ -24,8 +29,10 @@ class Outcome(StrEnum):
 
     FITS = "fits"
     ALLOCATOR_RETRIED = "allocator_retried"
-    """It ran, but the allocator had to flush its cache for it: too near the edge to be fast or safe."""
+    """It ran, but the allocator had to flush its cache for it: near the edge, where it may be slow."""
     OUT_OF_MEMORY = "out_of_memory"
+    SIZE_LIMIT = "size_limit"
+    """A kernel cannot count so far, however much memory there is."""
     DIED = "died"
     """The process was killed or crashed, as processes do that run out of memory."""
     TIMED_OUT = "timed_out"
@@ -60,6 +67,8 @@ class Bound(StrEnum):
     """The next size worth trying failed."""
     PROPOSAL = "proposal"
     """It is the size proposed at the start; `search: confirm` does not grow past it."""
+    ESTIMATE = "estimate"
+    """By the estimate, corrected by what was measured, the next size worth trying does not fit."""
     ATTEMPTS = "attempts"
     """The tries were used up: a larger size may fit."""
 
@@ -82,93 +91,166 @@ class ProbeResult:
         return sum(attempt.seconds for attempt in self.attempts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan:
+    """How to look for the largest micro-batch size.
+
+    Attributes:
+        limit: the most samples worth having; never exceeded.
+        budget_bytes: the memory budget.
+        start: the first size; default: what the estimate says, else the limit.
+        search: `confirm` is content with the first size that fits and never grows past what the estimate,
+            corrected by what was measured, says; `grow` multiplies by 1.5 after a success; `power_of_two`
+            doubles from `start`, or from 1, until a size fails.
+        estimate: the memory of any size; None: it is not known.
+    """
+
+    limit: int
+    budget_bytes: int
+    start: int | None = None
+    search: Search = "confirm"
+    estimate: MemoryEstimate | None = None
+
+    @property
+    def first_size(self) -> int:
+        """The size to try first."""
+        if self.search == "power_of_two":
+            return 1 << (min(self.start or 1, self.limit).bit_length() - 1)
+        if self.start is not None:
+            return max(1, min(self.start, self.limit))
+        return max(1, self.estimated_size(self.limit))
+
+    def is_content_with(self, attempt: Attempt) -> bool:
+        """Whether an attempt's size can be the result, and need not be made smaller.
+
+        `confirm` puts up with an allocator that flushes its cache: the size ran below the budget, and whether
+        it is slow is for the timings of training's first windows to show.
+        """
+        return attempt.ran if self.search == "confirm" else attempt.outcome is Outcome.FITS
+
+    def estimated_size(self, limit: int, *, ratio: float = 1.0) -> int:
+        """Return the largest size up to `limit` by the estimate times `ratio`; without one, `limit`.
+
+        What the probe leaves free is left free here too.
+        """
+        if self.estimate is None:
+            return limit
+        allowed_bytes = self.budget_bytes - headroom_bytes(self.budget_bytes)
+        return self.estimate.largest_microbatch(allowed_bytes, limit, ratio=ratio)
+
+
 def next_microbatch_size(
-    attempts: Sequence[Attempt],
-    *,
-    limit: int,
-    start: int | None = None,
-    search: Search = "confirm",
-    max_attempts: int = MAX_ATTEMPTS,
+    attempts: Sequence[Attempt], plan: SearchPlan, *, max_attempts: int = MAX_ATTEMPTS
 ) -> int | None:
     """Return the size to try next, or None when the search is over.
 
-    The first size is `start`, else `limit`. `grow` multiplies by 1.5 after a success, never past the
-    limit; `confirm` is content with the first success. Between a size that fits and one that does not,
-    the middle is next; while none fits, half of the smallest, and one sample on the last try.
+    Between a size that fits and one that does not, the middle is next. While none fits, the next is smaller
+    by a tenth where there is an estimate, which is seldom far off, and by half where there is none or it
+    was; on the last try it is one sample.
 
-    Source: 003_598cc72a09f11bbd.txt (its scenarios: 19, 28, 42, 63; 19, 9, 14, 16; 19, 28, 23).
+    Sources: 003_598cc72a09f11bbd.txt (grow: 19, 28, 42, 63; 19, 9, 14, 16; 19, 28, 23) and
+    004_9e95472cdca4d1f3.txt (power_of_two).
 
     >>> def attempts(fits, *sizes):
     ...     return [Attempt(m, Outcome.FITS if m <= fits else Outcome.OUT_OF_MEMORY, 0, 0.0) for m in sizes]
-    >>> next_microbatch_size(attempts(16, 19, 9), limit=64, start=19, search="grow")
+    >>> next_microbatch_size(
+    ...     attempts(16, 19, 9), SearchPlan(limit=64, budget_bytes=2**30, start=19, search="grow")
+    ... )
     14
     """
     if not attempts:
-        return max(1, min(limit if start is None else start, limit))
+        return plan.first_size
+    good = max((a for a in attempts if plan.is_content_with(a)), key=_size, default=None)
+    bad = min((a.microbatch_size for a in attempts if not plan.is_content_with(a)), default=None)
+    if plan.search == "power_of_two":
+        return _next_power_of_two(good, bad, plan.limit)
     if len(attempts) >= max_attempts:
         return None
-    good = max((a.microbatch_size for a in attempts if a.outcome is Outcome.FITS), default=None)
-    bad = min((a.microbatch_size for a in attempts if a.outcome is not Outcome.FITS), default=None)
     if good is None:
         assert bad is not None
-        if bad == 1:
-            return None
-        return 1 if len(attempts) == max_attempts - 1 else bad // 2
+        return _next_smaller(bad, len(attempts), max_attempts, plan)
     if bad is not None:
-        candidate = (good + bad) // 2
-    elif search == "confirm":
-        return None
+        candidate = (good.microbatch_size + bad) // 2
+    elif plan.search == "grow":
+        candidate = min(plan.limit, max(good.microbatch_size + 1, good.microbatch_size * 3 // 2))
     else:
-        candidate = min(limit, max(good + 1, good * 3 // 2))
-    return candidate if candidate - good >= max(1.0, SMALLEST_GAIN * good) else None
+        return _next_corrected(good, plan)
+    gain = candidate - good.microbatch_size
+    return candidate if gain >= max(1.0, SMALLEST_GAIN * good.microbatch_size) else None
 
 
-def find_largest(
-    attempt: Callable[[int], Attempt],
-    *,
-    limit: int,
-    budget_bytes: int,
-    start: int | None = None,
-    search: Search = "confirm",
-) -> ProbeResult:
+def _size(attempt: Attempt) -> int:
+    return attempt.microbatch_size
+
+
+def _next_power_of_two(good: Attempt | None, bad: int | None, limit: int) -> int | None:
+    if good is None:
+        assert bad is not None
+        return bad // 2 or None
+    larger = 2 * good.microbatch_size
+    return larger if bad is None and larger <= limit else None
+
+
+def _next_smaller(bad: int, num_attempts: int, max_attempts: int, plan: SearchPlan) -> int | None:
+    if bad == 1:
+        return None
+    if num_attempts == max_attempts - 1:
+        return 1
+    if plan.estimate is not None and num_attempts == 1:
+        return max(1, min(bad * 9 // 10, plan.estimated_size(bad - 1, ratio=1 / 0.9)))
+    return bad // 2
+
+
+def _next_corrected(good: Attempt, plan: SearchPlan) -> int | None:
+    """Return the larger size that the estimate allows once it is corrected by what was measured."""
+    if plan.estimate is None or plan.start is not None or not good.peak_bytes:
+        return None
+    if plan.estimate.device_type == "cpu":  # its peak is resident memory, its cap is on what is mapped
+        return None
+    ratio = good.peak_bytes / plan.estimate.peak_bytes(good.microbatch_size)
+    larger = plan.estimated_size(plan.limit, ratio=ratio)
+    gain = larger - good.microbatch_size
+    return larger if gain >= max(1.0, SMALLEST_CORRECTION * good.microbatch_size) else None
+
+
+def find_largest(attempt: Callable[[int], Attempt], plan: SearchPlan) -> ProbeResult:
     """Try sizes until the search is over and return the largest that ran.
 
     `attempt` runs one size on the device. Raises NotEnoughMemoryError when not even one sample fits;
     whatever else `attempt` raises passes through unchanged.
     """
     attempts: list[Attempt] = []
-    while (size := next_microbatch_size(attempts, limit=limit, start=start, search=search)) is not None:
+    while (size := next_microbatch_size(attempts, plan)) is not None:
         attempts.append(attempt(size))
-        logger.info("probe: %s", describe_attempt(attempts[-1], budget_bytes))
-    best = _best_size(attempts)
+        logger.info("probe: %s", describe_attempt(attempts[-1], plan.budget_bytes))
+    best = _best_size(attempts, plan)
     if best is None:
-        tried = "\n".join(f"  {describe_attempt(a, budget_bytes)}" for a in attempts)
+        tried = "\n".join(f"  {describe_attempt(a, plan.budget_bytes)}" for a in attempts)
         raise NotEnoughMemoryError(
-            f"not even one sample fits into {format_bytes(budget_bytes)}: raise batch.memory_budget or "
+            f"not even one sample fits into {format_bytes(plan.budget_bytes)}: raise batch.memory_budget or "
             "batch.memory_fraction, use a larger device, train.precision: bf16, a smaller input or a smaller "
             f"model; tried:\n{tried}"
         )
-    return ProbeResult(best, tuple(attempts), budget_bytes, _bound(attempts, best, limit, start, search))
+    return ProbeResult(best, tuple(attempts), plan.budget_bytes, _bound(attempts, best, plan))
 
 
-def _best_size(attempts: Sequence[Attempt]) -> int | None:
-    fitting = [a.microbatch_size for a in attempts if a.outcome is Outcome.FITS]
+def _best_size(attempts: Sequence[Attempt], plan: SearchPlan) -> int | None:
+    fitting = [a.microbatch_size for a in attempts if plan.is_content_with(a)]
     if fitting:
         return max(fitting)
     return min((a.microbatch_size for a in attempts if a.ran), default=None)
 
 
-def _bound(attempts: Sequence[Attempt], best: int, limit: int, start: int | None, search: Search) -> Bound:
-    if best == limit:
+def _bound(attempts: Sequence[Attempt], best: int, plan: SearchPlan) -> Bound:
+    if best == plan.limit:
         return Bound.LIMIT
-    with_more_tries = next_microbatch_size(
-        attempts, limit=limit, start=start, search=search, max_attempts=len(attempts) + 2
-    )
-    if with_more_tries is not None:
+    if next_microbatch_size(attempts, plan, max_attempts=len(attempts) + 2) is not None:
         return Bound.ATTEMPTS
-    if all(a.outcome is Outcome.FITS for a in attempts):
-        return Bound.PROPOSAL if search == "confirm" else Bound.LIMIT
-    return Bound.MEMORY
+    if not all(map(plan.is_content_with, attempts)):
+        return Bound.MEMORY
+    if plan.search != "confirm":
+        return Bound.LIMIT
+    return Bound.PROPOSAL if plan.estimate is None or plan.start is not None else Bound.ESTIMATE
 
 
 def describe_attempt(attempt: Attempt, budget_bytes: int) -> str:
@@ -180,12 +262,3 @@ def describe_attempt(attempt: Attempt, budget_bytes: int) -> str:
         f"micro-batch {attempt.microbatch_size}: {outcome}{why}{peak} "
         f"of {format_bytes(budget_bytes)}, {attempt.seconds:.1f} s"
     )
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Return bytes as people read them, in binary units: 1536 MiB is '1.5 GiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 
 from tune_easytrain.accumulate import accumulate_gradients
-from tune_easytrain.batch import iterate_tensors, move_batch
-from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error
+from tune_easytrain.batch import count_samples
+from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error, first_line
 from tune_easytrain.precision import Precision, autocast
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.rescue import StateSnapshot
 from tune_easytrain.task import Batch, Task
+from tune_easytrain.worst_case import worst_case_batch
 
-_NUM_SAMPLES_LOOKED_AT = 8
 _TINY_SIZE = 2  # BatchNorm refuses a single value per channel
 
 
@@ -33,73 +33,99 @@ def run_attempt(
     """Run training, evaluation and generation at one micro-batch size under the cap already set.
 
     The model is built anew and nothing of it outlives the attempt; random state is left as it was.
-    Memory errors become the attempt's outcome. Every other error is raised as it is.
+    Memory and size limits become the attempt's outcome. Every other error is raised as it is.
     """
     memory.release()
     memory.reset_peak()
     retries_before = memory.num_retries()
     start = time.perf_counter()
-    failure = ""
+    failure, outcome = "", Outcome.FITS
+    exercise = _Exercise(task, microbatch_size, device, precision, clip_norm)
     try:
         with kept_random_state():
-            _exercise(task, microbatch_size, device, precision, clip_norm)
+            exercise.run()
     except Exception as error:
-        if classify_error(error) is not ErrorKind.MEMORY:
+        kind = classify_error(error, smaller_ran=any(size < microbatch_size for size in exercise.sizes_run))
+        if kind is ErrorKind.BUG:
             raise
-        failure = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        outcome = Outcome.OUT_OF_MEMORY if kind is ErrorKind.MEMORY else Outcome.SIZE_LIMIT
+        failure = first_line(error)
     # The traceback that held the failed pass's tensors is gone only here, behind the except block.
     peak_bytes = memory.peak_bytes()
-    retried = memory.num_retries() > retries_before
-    memory.release()
-    outcome = Outcome.FITS
-    if failure:
-        outcome = Outcome.OUT_OF_MEMORY
-    elif retried:
+    if outcome is Outcome.FITS and memory.num_retries() > retries_before:
         outcome = Outcome.ALLOCATOR_RETRIED
+    # A device that an illegal access has broken says so again; its process is thrown away.
+    with suppress(RuntimeError) if failure else nullcontext():
+        memory.release()
     return Attempt(microbatch_size, outcome, peak_bytes, time.perf_counter() - start, failure)
 
 
-def _exercise(
-    task: Task, microbatch_size: int, device: torch.device, precision: Precision, clip_norm: float | None
-) -> None:
-    """Reach the steady state on a tiny micro-batch, then run the full one with gradients resident."""
-    model = task.model().to(device).train()
-    optimizer = task.optimizer(model)
-    tiny = move_batch(worst_case_batch(task, min(_TINY_SIZE, microbatch_size)), device)
-    full = move_batch(worst_case_batch(task, microbatch_size), device)
+class _Exercise:
+    """What training does, once: the steady state on a tiny micro-batch, a full one with gradients resident.
 
-    def loss(net: nn.Module, batch: Batch) -> torch.Tensor:
-        with autocast(device, precision):
-            return task.loss(net, batch)
-
-    for window in ([tiny], [tiny, full]):
-        accumulate_gradients(model, loss, window, weight=task.weight)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    with torch.no_grad(), autocast(device, precision):
-        task.loss(model, full)
-        if task.predict is not None:
-            task.predict(model, full)
-        if task.generate is not None:
-            task.generate(model, full)
-
-
-def worst_case_batch(task: Task, num_samples: int) -> Batch:
-    """Return the batch of `num_samples` that needs the most memory, on the CPU.
-
-    The task's own where it has one; otherwise the largest of the first eight training samples, repeated.
+    Attributes:
+        sizes_run: the size of each window's last micro-batch once an optimizer step has followed it.
     """
-    if task.worst_case is not None:
-        return task.worst_case(num_samples)
-    data: Any = task.train_data()
-    looked_at = [data[index] for index in range(min(len(data), _NUM_SAMPLES_LOOKED_AT))]
-    largest = max(looked_at, key=_num_elements)
-    collate = task.collate or default_collate
-    return collate([largest] * num_samples)
+
+    def __init__(
+        self,
+        task: Task,
+        microbatch_size: int,
+        device: torch.device,
+        precision: Precision,
+        clip_norm: float | None,
+    ) -> None:
+        self._task, self._microbatch_size = task, microbatch_size
+        self._device, self._precision, self._clip_norm = device, precision, clip_norm
+        self.sizes_run: list[int] = []
+
+    def run(self) -> None:
+        """Train, evaluate and generate; raises whatever goes wrong."""
+        self._model = _build_model(self._task, self._device).train()
+        self._optimizer = self._task.optimizer(self._model)
+        self._state = StateSnapshot(self._model)
+        try:
+            tiny = self._batch(min(_TINY_SIZE, self._microbatch_size))
+            self._train([tiny])
+            full = self._batch(self._microbatch_size)
+            self._train([tiny, full])
+            del tiny
+            self._optimizer.zero_grad(set_to_none=True)
+            self._evaluate(full)
+        finally:
+            del self._model, self._optimizer, self._state
+
+    def _batch(self, microbatch_size: int) -> Batch:
+        return worst_case_batch(self._task, microbatch_size, self._device)
+
+    def _train(self, window: list[Batch]) -> None:
+        def loss(net: nn.Module, batch: Batch) -> torch.Tensor:
+            with autocast(self._device, self._precision):
+                return self._task.loss(net, batch)
+
+        self._state.take()  # as training does, for a rescue
+        accumulate_gradients(self._model, loss, window, weight=self._task.weight)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._optimizer.step()
+        self.sizes_run.append(count_samples(window[-1]))
+
+    def _evaluate(self, batch: Batch) -> None:
+        self._model.eval()
+        with torch.no_grad(), autocast(self._device, self._precision):
+            self._task.loss(self._model, batch)
+            if self._task.predict is not None:
+                self._task.predict(self._model, batch)
+            if self._task.generate is not None:
+                self._task.generate(self._model, batch)
 
 
-def _num_elements(sample: Any) -> int:
-    return sum(tensor.numel() for tensor in iterate_tensors(sample))
+def _build_model(task: Task, device: torch.device) -> nn.Module:
+    """Build the model where it is needed, for its values do not matter here: hosts take seconds to draw them.
+
+    What insists on the CPU, or runs out of memory there, is built on the CPU, as for training.
+    """
+    if device.type != "cpu":
+        with suppress(Exception), device:
+            return task.model().to(device)
+    return task.model().to(device)

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started
-from tune_easytrain.probe import format_bytes
+from tune_easytrain.byte_size import format_bytes
+from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started
 from tune_easytrain.trial_record import TrialRecord, TrialState
 
 _ROWS_SHOWN = 30
@@ -123,12 +123,22 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
             return f"{name}: {'resumed' if event.resumed else 'started'}"
         case Probed():
             tries = ", ".join(f"{a['microbatch_size']} {a['outcome']}" for a in event.attempts)
-            return f"{name}: probe under {format_bytes(event.budget_bytes)}: {tries} ({event.seconds:.1f} s)"
+            known = ", known from another trial" if event.cached else ""
+            return (
+                f"{name}: probe under {format_bytes(event.budget_bytes)}{known}: "
+                f"{tries} ({event.seconds:.1f} s)"
+            )
         case Planned():
             note = f"; {event.warning}" if event.warning else ""
             return (
                 f"{name}: effective batch size {event.effective_batch_size} in {event.accumulation_steps} "
                 f"micro-batches of at most {event.microbatch_size} on {event.device}{note}"
+            )
+        case Rescued():
+            return (
+                f"{name}: memory ran out with a micro-batch of {event.failed_microbatch_size} "
+                f"({event.message}); going on with {event.accumulation_steps} of at most "
+                f"{event.microbatch_size}"
             )
         case Reported():
             shown = dict.fromkeys(["train_loss", metric])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.probe import Attempt
 from tune_easytrain.settings import TrialSettings
 
@@ -37,12 +38,20 @@ class Opening:
     budget_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class EstimateRequest:
+    """Ask a child for the estimate of a trial's memory; it answers and ends, and touches no device."""
+
+    opening: Opening
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """The child's first message.
 
     `budget_bytes` is what the child is capped at. `num_train_samples` is None without a task, `metric_names`
-    None where a function of the user's own reports whatever it likes.
+    None where a function of the user's own reports whatever it likes. `signature` is the same for trials
+    that need the same memory; empty where nothing is probed, and from children after a trial's first.
     """
 
     device_name: str
@@ -50,6 +59,7 @@ class Opened:
     num_train_samples: int | None
     metric_names: tuple[str, ...] | None
     resumed_microbatch_limit: int | None
+    signature: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,34 @@ class Report:
     checkpoint_path: str | None = None
     is_final: bool = False
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChanged:
+    """The child trains with another batch plan from now on; it waits for no answer.
+
+    `failed_microbatch_size` is the size at which memory ran out, with the first line of the error in
+    `message`; None where the new plan is merely faster, or the one that a resumed trial had.
+    """
+
+    microbatch_limit: int
+    microbatch_size: int
+    accumulation_steps: int
+    failed_microbatch_size: int | None = None
+    message: str = ""
+
+    @classmethod
+    def to(
+        cls, plan: BatchPlan, *, failed_microbatch_size: int | None = None, message: str = ""
+    ) -> PlanChanged:
+        """Describe the change to `plan`."""
+        return cls(
+            microbatch_limit=plan.microbatch_limit,
+            microbatch_size=plan.microbatch_size,
+            accumulation_steps=plan.accumulation_steps,
+            failed_microbatch_size=failed_microbatch_size,
+            message=message,
+        )
 
 
 @dataclass(frozen=True, slots=True)

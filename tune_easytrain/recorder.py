@@ -26,16 +26,22 @@ class SweepRecorder:
         directory: the run directory.
         records: what is known of the trials so far, by id; ended ones are not touched any more.
         watch: told of every event, with the trial as it then stands.
+        on_end: told of every trial that Ray is done with, in whatever way it ended.
     """
 
     def __init__(
-        self, directory: RunDirectory, records: Mapping[str, TrialRecord], watch: Watch | None = None
+        self,
+        directory: RunDirectory,
+        records: Mapping[str, TrialRecord],
+        watch: Watch | None = None,
+        on_end: Callable[[str], object] | None = None,
     ) -> None:
         self._directory = directory
         self._records = dict(records)
         self._ended = {trial_id for trial_id, record in records.items() if record.state.is_final}
         self._reasons: dict[str, str] = {}
         self._watch = watch
+        self._on_end = on_end
         self._queue: Queue | None = None
         self._last_drain = 0.0
 
@@ -70,7 +76,7 @@ class SweepRecorder:
 
     def complete(self, trial_id: str) -> None:
         """Note that Ray is done with a trial: it finished, or the scheduler stopped it."""
-        self.drain(force=True)
+        self._end(trial_id)
         reason = self._reasons.get(trial_id)
         if reason is None:
             self.record(trial_id, Stopped(reason="stopped by the scheduler"))
@@ -79,9 +85,14 @@ class SweepRecorder:
 
     def fail(self, trial_id: str, details: str) -> None:
         """Note that a trial ended with an error that its own process could not report."""
-        self.drain(force=True)
+        self._end(trial_id)
         lines = [line for line in details.strip().splitlines() if line.strip()]
         self.record(trial_id, Failed(error=lines[-1] if lines else "the worker died", details=details))
+
+    def _end(self, trial_id: str) -> None:
+        if self._on_end is not None:
+            self._on_end(trial_id)
+        self.drain(force=True)
 
 
 class SweepCallback(tune.Callback):

@@ -9,9 +9,9 @@ from typing import Any, Literal, cast
 
 import pandas as pd
 
+from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import BadInputError
 from tune_easytrain.events import load_events
-from tune_easytrain.probe import format_bytes
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
 from tune_easytrain.trial_space import SECTION_NAMES
@@ -39,9 +39,11 @@ COLUMNS = (
     Column("num_workers", "Int64", "", "processes that trained the trial together"),
     Column("device", "string", "", "the device's name, cpu for a CPU"),
     Column("probe_attempts", "Int64", "", "micro-batch sizes tried on the device; 0 with the probe off"),
+    Column("probe_cached", "boolean", "", "whether it only had to confirm what another trial had found"),
     Column("probe_seconds", "float64", "s", "wall time of these attempts"),
     Column("memory_budget_bytes", "Int64", "bytes", "what one worker was allowed to use of its device"),
     Column("peak_memory_bytes", "Int64", "bytes", "the most device memory in use at once while training"),
+    Column("num_rescues", "Int64", "", "times memory ran out in training and a window was replayed smaller"),
     Column("samples_per_second", "float64", "samples/s", "trained in the last epoch, evaluation left out"),
     Column("optimizer_steps", "Int64", "", "optimizer steps taken"),
     Column("num_samples", "Int64", "samples", "trained on, each counted once per epoch"),
@@ -194,9 +196,11 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
         "num_workers": plan and plan.num_workers,
         "device": plan and plan.device,
         "probe_attempts": len(probe.attempts) if probe else (0 if plan else None),
+        "probe_cached": probe.cached if probe else (False if plan else None),
         "probe_seconds": probe.seconds if probe else (0.0 if plan else None),
         "memory_budget_bytes": probe.budget_bytes if probe else (plan and plan.budget_bytes),
         "peak_memory_bytes": record.peak_memory_bytes,
+        "num_rescues": record.num_rescues if plan else None,
         "samples_per_second": last.get("samples_per_second"),
         "optimizer_steps": last.get("optimizer_steps"),
         "num_samples": last.get("num_samples"),

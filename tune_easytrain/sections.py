@@ -87,11 +87,11 @@ class BatchConfig(Section):
     probe: Literal["auto", "off"] = "auto"
     """`auto` finds the largest micro-batch on the device, `off` uses the given size as it is."""
 
-    search: Literal["confirm", "grow"] = "confirm"
-    """`confirm` tries the proposed size first, `grow` grows from `start`."""
+    search: Literal["confirm", "grow", "power_of_two"] = "confirm"
+    """`confirm` tries the proposed size, `grow` goes on from there, `power_of_two` doubles from `start`."""
 
     start: PositiveInt | None = None
-    """Samples in the first micro-batch the probe tries; default: the limit."""
+    """Samples in the first micro-batch the probe tries; default: what the estimate says."""
 
     probe_timeout: PositiveFloat = 600.0
     """Seconds one attempt of the probe may take."""

@@ -20,8 +20,9 @@ class TrialSettings:
         memory_fraction: share of a device's memory that all trials on it may use together.
         memory_budget_bytes: a budget given outright.
         probe: `off` uses the given micro-batch size as it is.
-        search: `confirm` is content with the first size that fits, `grow` goes on from it.
-        start: the first size the probe tries; default: the limit.
+        search: `confirm` is content with the first size that fits, `grow` goes on from it, `power_of_two`
+            doubles.
+        start: the first size the probe tries; default: what the estimate says.
         probe_timeout_seconds: one attempt that takes longer counts as failed.
         epochs: passes over the training set, at most.
         patience: epochs without a better metric before training stops; None: never.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.util.queue import Queue
 from rich.console import Console
@@ -13,9 +14,10 @@ from rich.console import Console
 from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.cluster import check_local_gpu, check_resources, placement, ray_session, resource_bundle
 from tune_easytrain.config import SweepConfig, load_config
-from tune_easytrain.events import Created
+from tune_easytrain.events import Created, load_events
 from tune_easytrain.inline import run_trials_inline
 from tune_easytrain.model_check import check_models
+from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
 from tune_easytrain.progress import Progress, say_lines
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
@@ -28,6 +30,7 @@ from tune_easytrain.search_space import (
     param_space,
     varied_keys,
 )
+from tune_easytrain.shared_probe_cache import start_probe_cache
 from tune_easytrain.sweep_plan import build_plan
 from tune_easytrain.sweep_trial import SweepShared, SweepTrial, readable_id
 from tune_easytrain.task import BuildTask
@@ -128,14 +131,24 @@ def _records(directory: RunDirectory) -> dict[str, TrialRecord]:
     return {record.trial_id: record for record in SweepResults(directory).records()}
 
 
+def _probe_evidence(directory: RunDirectory) -> list[ProbeEvidence]:
+    """Return what the trials of a sweep had measured before it was interrupted."""
+    return [
+        evidence
+        for trial_id in directory.trial_ids()
+        for evidence in evidence_in(load_events(directory.trial_path(trial_id)))
+    ]
+
+
 def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console: Console) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records = _records(directory)
     events = Queue(actor_options={"num_cpus": 0})
-    trainable = _trainable(config, directory, events, records)
+    probe_cache = start_probe_cache(_probe_evidence(directory))
+    trainable = _trainable(config, directory, events, probe_cache, records)
     run_dir = str(directory.path)
     with _display(config, records, console) as progress:
-        recorder = SweepRecorder(directory, records, progress.watch)
+        recorder = SweepRecorder(directory, records, progress.watch, probe_cache.release.remote)
         recorder.listen_to(events)
         SweepCallback.recorders[run_dir] = recorder
         try:
@@ -148,10 +161,15 @@ def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console:
             recorder.drain(force=True)
             del SweepCallback.recorders[run_dir]
             events.shutdown(force=True)
+            ray.kill(probe_cache)
 
 
 def _trainable(
-    config: SweepConfig, directory: RunDirectory, events: Queue, records: Mapping[str, TrialRecord]
+    config: SweepConfig,
+    directory: RunDirectory,
+    events: Queue,
+    probe_cache: Any,
+    records: Mapping[str, TrialRecord],
 ) -> Any:
     task, function = directory.load_functions()
     shared = SweepShared(
@@ -162,6 +180,7 @@ def _trainable(
         metric=config.run.metric,
         mode=config.run.mode,
         events=events,
+        probe_cache=probe_cache,
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
         preloaded_modules=slow_modules_in_use(),
     )

@@ -18,6 +18,7 @@ from tune_easytrain.events import Event
 from tune_easytrain.protocol import Report
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.settings import TrialSettings
+from tune_easytrain.shared_probe_cache import SharedProbeCache
 from tune_easytrain.trial import TrialSpec, run_trial
 from tune_easytrain.trial_space import TrialSpace
 
@@ -28,7 +29,8 @@ _CHECKPOINT_NAME = "checkpoint.pt"
 class SweepShared:
     """What all trials of a sweep have in common.
 
-    `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended.
+    `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
+    `probe_cache` is the handle of the actor that knows what the trials have measured.
     """
 
     space: TrialSpace
@@ -38,6 +40,7 @@ class SweepShared:
     metric: str
     mode: Literal["min", "max"]
     events: Queue
+    probe_cache: Any
     ended: Mapping[str, Mapping[str, float]]
     preloaded_modules: tuple[str, ...]
 
@@ -76,7 +79,11 @@ class SweepTrial(tune.Trainable):
         if name in self._shared.ended:  # Ray's own record of it was older than ours
             return {self._shared.metric: float("nan"), **self._shared.ended[name], "done": True}
         if self._reports is None:
-            self._reports = run_trial(self._spec(), lambda event: self._emit(name, event))
+            spec = self._spec()
+            cache = SharedProbeCache(
+                self._shared.probe_cache, name, attempt_timeout_seconds=spec.settings.probe_timeout_seconds
+            )
+            self._reports = run_trial(spec, lambda event: self._emit(name, event), cache)
         report = next(self._reports, None)
         if report is None:
             if self._shared.metric not in self._last_metrics:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.child_process import ChildProcess
-from tune_easytrain.errors import MetricError, NotEnoughMemoryError, did_you_mean
-from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Started, TrainingEnded
-from tune_easytrain.probe import Attempt, Bound, Search, find_largest
-from tune_easytrain.protocol import Continue, Finished, Opened, Opening, Report, TrainRequest
+from tune_easytrain.errors import MetricError, did_you_mean
+from tune_easytrain.events import Event, Failed, Planned, Reported, Rescued, Started, TrainingEnded
+from tune_easytrain.microbatch_search import Emit, find_limit
+from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache, ProbeEvidence
+from tune_easytrain.protocol import Continue, Finished, Opened, Opening, PlanChanged, Report, TrainRequest
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial_children import TrialChildren
-
-Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,12 @@ class TrialSpec:
     preloaded_modules: tuple[str, ...] = ()
 
 
-def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
+def run_trial(spec: TrialSpec, emit: Emit, cache: ProbeCache | None = None) -> Iterator[Report]:
     """Run one trial in children of this process and yield its reports.
 
     The child waits until the next report is asked for. Closing the generator ends the child, and with it
-    whatever it held on the device. `emit` takes the trial's events as they happen.
+    whatever it held on the device. `emit` takes the trial's events as they happen, `cache` is what the
+    sweep's trials know of each other's probes (None: this trial is alone).
 
     Raises NotEnoughMemoryError when not even one sample fits, ChildDiedError when training died, and what
     the task's own code raised, with its type.
@@ -51,13 +52,23 @@ def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
     emit(Started(config=spec.config, resumed=spec.checkpoint_path is not None))
     scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
     children = TrialChildren(_opening(spec, scratch_dir), spec.preloaded_modules)
+    cache = LocalProbeCache() if cache is None else cache
     try:
         opened = children.open()
         require_metric(spec.settings.metric, opened.metric_names)
         timeout_seconds = spec.settings.probe_timeout_seconds
-        limit = find_limit(lambda size: children.attempt(size, timeout_seconds), spec.settings, opened, emit)
-        emit(describe_plan(spec.settings, opened, limit))
-        yield from _train(children.for_training(), limit, spec.settings.metric, emit)
+        limit = find_limit(
+            lambda size: children.attempt(size, timeout_seconds),
+            spec.settings,
+            opened,
+            emit,
+            cache,
+            children.estimate,
+        )
+        planned = describe_plan(spec.settings, opened, limit)
+        emit(planned)
+        training, take = children.for_training(), with_rescues_published(emit, opened, cache)
+        yield from _train(training, limit, planned, spec.settings.metric, take)
     except GeneratorExit:
         raise
     except Exception as error:
@@ -66,24 +77,6 @@ def run_trial(spec: TrialSpec, emit: Emit) -> Iterator[Report]:
     finally:
         children.kill()
         shutil.rmtree(scratch_dir, ignore_errors=True)
-
-
-def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
-    """Return the most samples worth trying at once: the given limit, E, the data set; None without E."""
-    if settings.effective_batch_size is None or opened.num_train_samples is None:
-        return settings.microbatch_limit or settings.effective_batch_size
-    return min(
-        settings.microbatch_limit or settings.effective_batch_size,
-        settings.effective_batch_size,
-        opened.num_train_samples,
-    )
-
-
-def search_start(settings: TrialSettings, opened: Opened) -> tuple[int | None, Search]:
-    """Return where the probe starts and how it goes on: a resumed trial confirms the size it had."""
-    if opened.resumed_microbatch_limit is not None:
-        return opened.resumed_microbatch_limit, "confirm"
-    return settings.start, settings.search
 
 
 def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) -> Planned:
@@ -117,49 +110,46 @@ def failed_event(error: BaseException) -> Failed:
     return Failed(error=text.splitlines()[0], details="\n".join([text, *getattr(error, "__notes__", [])]))
 
 
-def find_limit(
-    run_attempt: Callable[[int], Attempt], settings: TrialSettings, opened: Opened, emit: Emit
-) -> int | None:
-    """Return the most samples one micro-batch may hold: what the probe finds, or what the sweep gives.
-
-    `run_attempt` tries one size on the device. Raises NotEnoughMemoryError when not even one sample fits.
-    """
-    limit = microbatch_limit(settings, opened)
-    if limit is None or settings.probe == "off":
-        return limit
-    attempts: list[Attempt] = []
-
-    def attempt(microbatch_size: int) -> Attempt:
-        attempts.append(run_attempt(microbatch_size))
-        return attempts[-1]
-
-    start, search = search_start(settings, opened)
-    try:
-        result = find_largest(
-            attempt, limit=limit, budget_bytes=opened.budget_bytes, start=start, search=search
+def describe_change(planned: Planned, change: PlanChanged) -> Planned | Rescued:
+    """Return the event of a batch plan that took the place of the one planned."""
+    if change.failed_microbatch_size is None:
+        return replace(
+            planned,
+            time=time.time(),
+            microbatch_size=change.microbatch_size,
+            accumulation_steps=change.accumulation_steps,
+            warning="",
         )
-    except NotEnoughMemoryError:
-        emit(_probed_event(attempts, opened.budget_bytes, None, Bound.MEMORY))
-        raise
-    emit(_probed_event(attempts, opened.budget_bytes, result.microbatch_size, result.bounded_by))
-    return result.microbatch_size
-
-
-def _probed_event(attempts: Sequence[Attempt], budget_bytes: int, size: int | None, bound: Bound) -> Probed:
-    return Probed(
-        microbatch_size=size,
-        budget_bytes=budget_bytes,
-        bounded_by=bound,
-        seconds=sum(attempt.seconds for attempt in attempts),
-        attempts=[asdict(attempt) for attempt in attempts],
+    return Rescued(
+        failed_microbatch_size=change.failed_microbatch_size,
+        microbatch_limit=change.microbatch_limit,
+        microbatch_size=change.microbatch_size,
+        accumulation_steps=change.accumulation_steps,
+        message=change.message,
     )
 
 
-def _train(child: ChildProcess, limit: int | None, metric: str, emit: Emit) -> Iterator[Report]:
+def with_rescues_published(emit: Emit, opened: Opened, cache: ProbeCache) -> Emit:
+    """Return an `emit` that also tells the cache of sizes that failed in training, after the probe."""
+
+    def emit_and_publish(event: Event) -> None:
+        emit(event)
+        if isinstance(event, Rescued) and opened.signature:
+            cache.publish(ProbeEvidence.from_rescued(opened.signature, opened.budget_bytes, event))
+
+    return emit_and_publish
+
+
+def _train(
+    child: ChildProcess, limit: int | None, planned: Planned, metric: str, emit: Emit
+) -> Iterator[Report]:
     child.send(TrainRequest(limit))
     num_reports, has_ended = 0, False
     while True:
         message = child.receive()
+        if isinstance(message, PlanChanged):
+            emit(describe_change(planned, message))
+            continue
         if isinstance(message, Finished):
             require_report(metric, num_reports)
             if not has_ended:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tune_easytrain.child_process import ChildProcess
-from tune_easytrain.errors import ChildDiedError
+from tune_easytrain.errors import ChildDiedError, EstimateError
+from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
-from tune_easytrain.protocol import AttemptReply, AttemptRequest, Opened, Opening
+from tune_easytrain.protocol import AttemptReply, AttemptRequest, EstimateRequest, Opened, Opening
 
 
 class TrialChildren:
@@ -25,6 +26,23 @@ class TrialChildren:
         self._preloaded_modules = preloaded_modules
         self._child: ChildProcess | None = None
         self._has_tried = False
+
+    def estimate(self) -> MemoryEstimate | EstimateError:
+        """Return the trial's memory at any size, or why it is not known.
+
+        A child of its own works it out, without the device, and takes all that this needed with it.
+        """
+        timeout_seconds = self._opening.settings.probe_timeout_seconds
+        child = ChildProcess(EstimateRequest(self._opening), self._preloaded_modules)
+        try:
+            reply: MemoryEstimate | EstimateError = child.receive(timeout_seconds)
+        except TimeoutError:
+            reply = EstimateError(f"no estimate: tracing the task took more than {timeout_seconds:g} s")
+        except ChildDiedError as error:
+            reply = EstimateError(f"no estimate: {error}")
+        finally:
+            child.kill()
+        return reply
 
     def open(self) -> Opened:
         """Start a child; every later one is held to the first one's budget.

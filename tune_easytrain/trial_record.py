@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tune_easytrain.events import (
     Planned,
     Probed,
     Reported,
+    Rescued,
     Started,
     Stopped,
 )
@@ -23,6 +24,7 @@ PROGRESS_KEYS = (
     "epoch",
     "optimizer_steps",
     "num_samples",
+    "num_rescues",
     "learning_rate",
     "samples_per_second",
     "epoch_seconds",
@@ -49,13 +51,18 @@ class TrialState(StrEnum):
 
 @dataclass
 class TrialRecord:
-    """One trial as far as it has come. `reports` holds one report per epoch, the latest of each."""
+    """One trial as far as it has come.
+
+    `plan` is the batch plan in use, `num_rescues` how often memory ran out in training and a window was
+    computed again; `reports` holds one report per epoch, the latest of each.
+    """
 
     trial_id: str
     state: TrialState = TrialState.PENDING
     config: dict[str, Any] = field(default_factory=dict)
     probe: Probed | None = None
     plan: Planned | None = None
+    num_rescues: int = 0
     reports: list[dict[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     reason: str = ""
@@ -82,6 +89,8 @@ class TrialRecord:
                 self.probe = event
             case Planned():
                 self.plan, self.state = event, TrialState.TRAINING
+            case Rescued():
+                self._add_rescue(event)
             case Reported():
                 self._add_report(event)
             case Finished():
@@ -90,6 +99,15 @@ class TrialRecord:
                 self.state, self.reason = TrialState.STOPPED, event.reason
             case Failed():
                 self.state, self.error, self.error_details = TrialState.FAILED, event.error, event.details
+
+    def _add_rescue(self, event: Rescued) -> None:
+        self.num_rescues += 1
+        if self.plan is not None:
+            self.plan = replace(
+                self.plan,
+                microbatch_size=event.microbatch_size,
+                accumulation_steps=event.accumulation_steps,
+            )
 
     def _add_report(self, event: Reported) -> None:
         # A trial that was set back to a checkpoint reports its epochs again: the later report holds.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 from tune_easytrain import Task
 
@@ -165,3 +166,34 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def tiny_decoder() -> Decoder:
     """A `Decoder` of a few thousand parameters."""
     return Decoder(num_layers=2, width=64, num_heads=4, num_groups=2, hidden=128, vocabulary=1000)
+
+
+def small_decoder() -> Decoder:
+    """A `Decoder` with a vocabulary that its logits' memory shows."""
+    return Decoder(num_layers=4, width=256, num_heads=8, num_groups=2, hidden=1024, vocabulary=8000)
+
+
+class Countless(Dataset[int]):
+    """More samples than fit anywhere; none of them is read."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "perceptron": (lambda: perceptron(512, 2048, 2048, 512), zeros(512)),
+    "convolutions": (lambda: conv_net(64), zeros(3, 64, 64)),
+    "transformer": (lambda: encoder(256, 4), zeros(256, 256)),
+    "decoder": (small_decoder, tokens(256)),
+    "LSTM": (lambda: Recurrent("LSTM"), zeros(200, 32)),
+    "GRU": (lambda: Recurrent("GRU", num_layers=2, bidirectional=True), zeros(200, 32)),
+}
+"""Models and their batches, by the name that `build_task` knows them by."""
+
+
+def build_task(config: dict[str, Any]) -> Task:
+    """A task of one of `KINDS`, `model.type`, trained with Adam."""
+    kind = config["model"]["type"]
+    model, batch = KINDS[kind]
+    changes = {"loss": next_token_loss} if kind == "decoder" else {}
+    return make_task(model, batch, optimizer=adam, train_data=Countless, **changes)

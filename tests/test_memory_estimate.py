@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -80,11 +81,18 @@ def test_what_is_always_in_use_counts_beside_tensors_but_is_none() -> None:
     assert [built.tensor_bytes(size) for size in (1, 2, 3, 4)] == [110, 120, 140, 170]
 
 
-def test_the_peak_is_the_highest_phase_with_a_hundredth_on_top() -> None:
-    both = estimate(phase(Line(1000, 100)), phase(Line(3000, 0), name="optimizer"))
-    assert both.phase_peak_bytes(10) == {"backward": 2020, "optimizer": 3030}
-    assert [both.peak_bytes(size) for size in (1, 10, 20, 100)] == [3030, 3030, 3030, 11110]
-    assert [both.tensor_bytes(size) for size in (1, 10, 20, 100)] == [3000, 3000, 3000, 11000]
+def test_the_peak_is_that_of_the_highest_phase_with_what_allocators_waste() -> None:
+    both = estimate(phase(Line(10**6, 10**5)), phase(Line(3 * 10**6, 0), name="optimizer"))
+    tensor_bytes = [3 * 10**6, 3 * 10**6, 11 * 10**6]
+    assert [both.tensor_bytes(size) for size in (1, 20, 100)] == tensor_bytes
+    peaks = both.phase_peak_bytes(10)
+    assert list(peaks) == ["backward", "optimizer"]
+    assert peaks["optimizer"] == pytest.approx(1.5 * peaks["backward"], abs=2)
+    assert both.peak_bytes(10) == peaks["optimizer"]
+    assert both.peak_bytes(100) == both.phase_peak_bytes(100)["backward"]
+    for device_type, least, most in (("cuda", 1.0, 1.02), ("cpu", 1.1, 1.5)):
+        found = replace(both, device_type=device_type).peak_bytes(100)
+        assert least <= found / tensor_bytes[2] <= most
 
 
 def test_each_size_has_the_phases_of_its_segment() -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from estimates import GIB, make_estimate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import NotEnoughMemoryError
+from tune_easytrain.memory_budget import headroom_bytes
+from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import (
     MAX_ATTEMPTS,
     SMALLEST_GAIN,
@@ -15,8 +20,10 @@ from tune_easytrain.probe import (
     Outcome,
     ProbeResult,
     Search,
+    SearchPlan,
+    describe_attempt,
     find_largest,
-    format_bytes,
+    next_microbatch_size,
 )
 
 BUDGET_BYTES = 3 * 2**29
@@ -37,7 +44,8 @@ def device(fits: int, *, retries_from: int | None = None) -> Callable[[int], Att
 def probe(
     attempt: Callable[[int], Attempt], limit: int, start: int | None = None, search: Search = "grow"
 ) -> ProbeResult:
-    return find_largest(attempt, limit=limit, budget_bytes=BUDGET_BYTES, start=start, search=search)
+    plan = SearchPlan(limit=limit, budget_bytes=BUDGET_BYTES, start=start, search=search)
+    return find_largest(attempt, plan)
 
 
 def sizes(result: ProbeResult) -> list[int]:
@@ -92,10 +100,14 @@ def test_growing_out_of_tries_says_so() -> None:
     assert (sizes(result), result.bounded_by) == ([1, 2, 3, 4, 6], Bound.ATTEMPTS)
 
 
-def test_a_size_at_which_the_allocator_retried_is_not_good_enough() -> None:
+def test_growing_wants_more_than_a_size_at_which_the_allocator_retried() -> None:
+    result = probe(device(64, retries_from=33), limit=64, start=64)
+    assert (sizes(result), result.microbatch_size) == ([64, 32, 48, 40, 36], 32)
+
+
+def test_confirming_is_content_with_a_size_at_which_the_allocator_retried() -> None:
     result = probe(device(64, retries_from=33), limit=64, search="confirm")
-    assert sizes(result) == [64, 32, 48, 40, 36]
-    assert result.microbatch_size == 32
+    assert (sizes(result), result.microbatch_size, result.bounded_by) == ([64], 64, Bound.LIMIT)
 
 
 def test_where_the_allocator_always_retried_the_smallest_that_ran_is_taken() -> None:
@@ -148,9 +160,16 @@ outcomes = st.lists(st.sampled_from(Outcome), min_size=MAX_ATTEMPTS, max_size=MA
     limit=st.integers(1, 1000),
     start=st.none() | st.integers(1, 2000),
     search=st.sampled_from(["confirm", "grow"]),
+    estimate=st.none() | st.builds(make_estimate, st.floats(0, 4), st.floats(0.001, 1)),
+    peak_bytes=st.none() | st.integers(1, 2 * BUDGET_BYTES),
 )
 def test_whatever_the_device_does(
-    outcomes: list[Outcome], limit: int, start: int | None, search: Search
+    outcomes: list[Outcome],
+    limit: int,
+    start: int | None,
+    search: Search,
+    estimate: MemoryEstimate | None,
+    peak_bytes: int | None,
 ) -> None:
     attempts: list[Attempt] = []
 
@@ -159,11 +178,12 @@ def test_whatever_the_device_does(
         assert 1 <= size <= limit
         assert all(size != a.microbatch_size for a in attempts)
         assert all(size < a.microbatch_size for a in attempts if not a.ran)
-        attempts.append(Attempt(size, outcomes[len(attempts)], 0, 0.0))
+        attempts.append(Attempt(size, outcomes[len(attempts)], peak_bytes, 0.0))
         return attempts[-1]
 
+    plan = SearchPlan(limit=limit, budget_bytes=BUDGET_BYTES, start=start, search=search, estimate=estimate)
     try:
-        result = probe(attempt, limit=limit, start=start, search=search)
+        result = find_largest(attempt, plan)
     except NotEnoughMemoryError:
         assert not any(a.ran for a in attempts)
         assert attempts[-1].microbatch_size == 1
@@ -171,11 +191,17 @@ def test_whatever_the_device_does(
     assert result.attempts == tuple(attempts)
     found = next(a for a in attempts if a.microbatch_size == result.microbatch_size)
     assert found.ran
-    assert found.outcome is Outcome.FITS or all(a.outcome is not Outcome.FITS for a in attempts)
+    assert (
+        found.outcome is Outcome.FITS
+        or all(a.outcome is not Outcome.FITS for a in attempts)
+        or (search == "confirm")
+    )
     if result.bounded_by is Bound.LIMIT:
         assert limit - result.microbatch_size < max(1.0, SMALLEST_GAIN * result.microbatch_size)
     if result.bounded_by is Bound.MEMORY:
         assert any(a.outcome is not Outcome.FITS for a in attempts)
+    if result.bounded_by is Bound.ESTIMATE:
+        assert estimate is not None
 
 
 @given(fits=st.integers(1, 1000), limit=st.integers(1, 1000), start=st.none() | st.integers(1, 1000))
@@ -196,3 +222,152 @@ def test_a_result_bounded_by_memory_is_within_ten_percent_of_the_best(
 )
 def test_bytes_as_people_read_them(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("fits", "limit", "start", "tried", "found", "bound"),
+    [
+        (100, 64, None, [1, 2, 4, 8, 16, 32, 64], 64, Bound.LIMIT),
+        (100, 100, None, [1, 2, 4, 8, 16, 32, 64], 64, Bound.LIMIT),  # 128 would be above it
+        (40, 1000, None, [1, 2, 4, 8, 16, 32, 64], 32, Bound.MEMORY),
+        (40, 1000, 16, [16, 32, 64], 32, Bound.MEMORY),
+        (40, 1000, 25, [16, 32, 64], 32, Bound.MEMORY),  # the power of two below the start
+        (5, 1000, 32, [32, 16, 8, 4], 4, Bound.MEMORY),
+        (1, 1024, 1024, [1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1], 1, Bound.MEMORY),
+        (10, 3, 64, [2], 2, Bound.LIMIT),
+        (1, 1, None, [1], 1, Bound.LIMIT),
+    ],
+)
+def test_powers_of_two(
+    fits: int, limit: int, start: int | None, tried: list[int], found: int, bound: Bound
+) -> None:
+    result = probe(device(fits), limit=limit, start=start, search="power_of_two")
+    assert (sizes(result), result.microbatch_size, result.bounded_by) == (tried, found, bound)
+
+
+@given(fits=st.integers(0, 5000), limit=st.integers(1, 5000), start=st.none() | st.integers(1, 5000))
+def test_powers_of_two_find_the_largest_that_fits(fits: int, limit: int, start: int | None) -> None:
+    if fits == 0:
+        with pytest.raises(NotEnoughMemoryError):
+            probe(device(fits), limit=limit, start=start, search="power_of_two")
+        return
+    result = probe(device(fits), limit=limit, start=start, search="power_of_two")
+    most = min(fits, limit)
+    assert result.microbatch_size <= most < 2 * result.microbatch_size
+
+
+def measured(estimate: MemoryEstimate, factor: float, budget_bytes: int) -> Callable[[int], Attempt]:
+    """A device on which everything takes `factor` times what the estimate says."""
+
+    def attempt(size: int) -> Attempt:
+        peak_bytes = round(estimate.peak_bytes(size) * factor)
+        outcome = Outcome.FITS if peak_bytes <= budget_bytes else Outcome.OUT_OF_MEMORY
+        return Attempt(size, outcome, min(peak_bytes, budget_bytes), 1.0)
+
+    return attempt
+
+
+BUDGET = 50 * GIB
+FREE_SHARE = headroom_bytes(BUDGET) / BUDGET
+ESTIMATE = make_estimate(2, (50 * (1 - FREE_SHARE) - 2) / 94.5)
+"""Of which 94 samples and a half fit into what the probe does not leave free."""
+
+
+@pytest.mark.parametrize(
+    ("factor", "limit", "tried", "found", "bound"),
+    [
+        (1.0, 1000, [94], 94, Bound.ESTIMATE),
+        (1.0, 95, [94], 94, Bound.ESTIMATE),
+        (1.0, 94, [94], 94, Bound.LIMIT),
+        (1.0, 64, [64], 64, Bound.LIMIT),
+        (0.98, 1000, [94], 94, Bound.ESTIMATE),  # 95 would gain less than 4 %
+        (0.9, 1000, [94, 105], 105, Bound.ESTIMATE),  # corrected by what was measured
+        (0.6, 1000, [94, 160], 160, Bound.ESTIMATE),
+        (0.5, 120, [94, 120], 120, Bound.LIMIT),
+        (1 + FREE_SHARE, 1000, [94], 94, Bound.ESTIMATE),  # inside what is left free
+        (1.1, 1000, [94, 84], 84, Bound.MEMORY),  # smaller by a tenth
+        (1.45, 1000, [94, 84, 42, 63, 73], 63, Bound.MEMORY),  # then it was far off
+        (40.0, 1000, [94, 84, 42, 21, 1], None, None),
+    ],
+)
+def test_confirming_an_estimate(
+    factor: float, limit: int, tried: list[int], found: int | None, bound: Bound | None
+) -> None:
+    plan = SearchPlan(limit=limit, budget_bytes=BUDGET, estimate=ESTIMATE)
+    attempt = measured(ESTIMATE, factor, BUDGET)
+    if found is None:
+        with pytest.raises(NotEnoughMemoryError, match="micro-batch 1: out of memory"):
+            find_largest(attempt, plan)
+        return
+    result = find_largest(attempt, plan)
+    assert (sizes(result), result.microbatch_size, result.bounded_by) == (tried, found, bound)
+
+
+def test_where_the_estimate_says_that_nothing_fits_one_sample_is_tried() -> None:
+    plan = SearchPlan(limit=64, budget_bytes=2 * GIB, estimate=ESTIMATE)
+    result = find_largest(measured(ESTIMATE, 0.5, 2 * GIB), plan)
+    assert (sizes(result), result.microbatch_size) == ([1, 3], 3)
+    with pytest.raises(NotEnoughMemoryError):
+        find_largest(measured(ESTIMATE, 1.0, 2 * GIB), plan)
+
+
+@given(
+    fixed_gib=st.floats(0, 60),
+    gib_per_sample=st.floats(0.001, 10),
+    factor=st.floats(0.9, 1.0),
+    limit=st.integers(1, 2000),
+)
+def test_an_estimate_that_errs_on_the_high_side_takes_two_tries_and_no_failure(
+    fixed_gib: float, gib_per_sample: float, factor: float, limit: int
+) -> None:
+    estimate = make_estimate(fixed_gib, gib_per_sample)
+    plan = SearchPlan(limit=limit, budget_bytes=BUDGET, estimate=estimate)
+    if estimate.largest_microbatch(BUDGET - headroom_bytes(BUDGET), limit) == 0:
+        assert plan.first_size == 1
+        return
+    result = find_largest(measured(estimate, factor, BUDGET), plan)
+    assert len(result.attempts) <= 2
+    assert all(a.outcome is Outcome.FITS for a in result.attempts)
+    best = estimate.largest_microbatch(BUDGET - headroom_bytes(BUDGET), limit, ratio=factor)
+    assert best * 0.95 - 1 <= result.microbatch_size <= best
+
+
+def test_a_start_is_taken_instead_of_the_estimate() -> None:
+    plan = SearchPlan(limit=1000, budget_bytes=BUDGET, start=10, estimate=ESTIMATE)
+    result = find_largest(measured(ESTIMATE, 0.5, BUDGET), plan)
+    assert (sizes(result), result.bounded_by) == ([10], Bound.PROPOSAL)
+
+
+def test_growing_begins_at_the_estimate_and_goes_past_it() -> None:
+    plan = SearchPlan(limit=1000, budget_bytes=BUDGET, search="grow", estimate=ESTIMATE)
+    result = find_largest(measured(ESTIMATE, 0.6, BUDGET), plan)
+    assert sizes(result) == [94, 141, 211, 176, 158]
+    assert (result.microbatch_size, result.bounded_by) == (158, Bound.MEMORY)
+
+
+def test_a_processes_memory_does_not_correct_an_estimate_for_the_cpu() -> None:
+    cpu = replace(ESTIMATE, device_type="cpu")
+    plan = SearchPlan(limit=1000, budget_bytes=BUDGET, estimate=cpu)
+    assert sizes(find_largest(measured(ESTIMATE, 0.5, BUDGET), plan)) == [94]
+
+
+def test_the_number_of_tries_can_be_less() -> None:
+    plan = SearchPlan(limit=64, budget_bytes=BUDGET)
+    failed = [Attempt(size, Outcome.OUT_OF_MEMORY, None, 1.0) for size in (64, 32)]
+    assert next_microbatch_size(failed[:1], plan, max_attempts=2) == 1
+    assert next_microbatch_size(failed, plan, max_attempts=2) is None
+    assert next_microbatch_size(failed, plan) == 16
+
+
+@pytest.mark.parametrize(
+    ("attempt", "line"),
+    [
+        (Attempt(8, Outcome.FITS, GIB, 1.25), "micro-batch 8: fits, peak 1.0 GiB of 1.5 GiB, 1.2 s"),
+        (
+            Attempt(9, Outcome.OUT_OF_MEMORY, None, 0.5, "CUDA out of memory"),
+            "micro-batch 9: out of memory (CUDA out of memory) of 1.5 GiB, 0.5 s",
+        ),
+    ],
+)
+def test_an_attempt_in_one_line(attempt: Attempt, line: str) -> None:
+    assert describe_attempt(attempt, BUDGET_BYTES) == line

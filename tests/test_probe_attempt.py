@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import time
 import weakref
 from typing import Any
 

@@ -76,6 +76,7 @@ def run_ours(model: str, precision: str, budget_bytes: int) -> dict[str, Any]:
         device_share=1.0,
         num_threads=4,
         scratch_dir="/tmp",
+        is_shared=False,
     )
     children = TrialChildren(opening, slow_modules_in_use())
     start = time.perf_counter()

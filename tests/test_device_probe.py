@@ -43,7 +43,7 @@ def test_growing_stops_at_the_real_edge_of_memory() -> None:
 
 def test_what_the_estimate_proposes_is_confirmed_with_one_try() -> None:
     result = probe(limit=6, budget_bytes=THREE_FIT)
-    assert (tried(result), result.bounded_by) == ([(3, Outcome.FITS)], Bound.ESTIMATE)
+    assert (tried(result), result.bounded_by) == ([(2, Outcome.FITS)], Bound.ESTIMATE)
 
 
 def test_a_limit_that_fits_by_the_estimate_is_confirmed_as_it_is() -> None:

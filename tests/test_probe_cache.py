@@ -105,7 +105,7 @@ def test_events_of_a_trial_say_what_it_showed() -> None:
     ]
     evidence = list(evidence_in(events))
     assert [(e.fitting, e.failing, e.result, e.result_limit) for e in evidence] == [
-        ((16,), (32, 24), 16, None),
+        ((16, 24), (32,), 16, None),  # what ran fits, allocator or not
         ((16,), (), 16, 16),
         ((1,), (32,), None, None),
         ((6,), (12,), 6, None),

@@ -63,6 +63,7 @@ def find_microbatch(
                 device_share=1.0,
                 num_threads=len(os.sched_getaffinity(0)),
                 scratch_dir=scratch_dir,
+                is_shared=False,
             ),
             slow_modules_in_use(),
         )

@@ -54,7 +54,7 @@ class DeviceSession:
         self._device = _choose_device(opening.device)
         self._task = _build_task(opening)
         self._num_train_samples = self._count_train_samples()
-        # What building the model imports is not to count against a cap on the CPU: build it once before.
+        # What building the model imports is not to count against a cap on the CPU: signing builds it before.
         self._signature = self._sign()
         self._is_near_edge = False
         self.memory = device_memory(self._device)
@@ -150,7 +150,8 @@ class DeviceSession:
         return len(data)
 
     def _sign(self) -> str:
-        if self._task is None or self._settings.probe == "off":
+        is_needed = self._opening.is_shared or self._device.type == "cpu"
+        if self._task is None or self._settings.probe == "off" or not is_needed:
             return ""
         return task_signature(self._task, self._opening, self._device)
 

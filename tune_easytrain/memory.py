@@ -112,7 +112,13 @@ def first_line(error: BaseException) -> str:
 
 
 class DeviceMemory(Protocol):
-    """The memory of one device, seen from the process that uses it."""
+    """The memory of one device, seen from the process that uses it.
+
+    Attributes:
+        measures_tensors: whether the peak is that of tensors, to the byte, and no process's as a whole.
+    """
+
+    measures_tensors: bool
 
     def budget_bytes(self, request: BudgetRequest) -> int:
         """Return how many bytes this process may use, context left out."""
@@ -150,6 +156,8 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 class CudaMemory:
     """One GPU through torch's caching allocator; bytes are those of the allocator, not of the context."""
+
+    measures_tensors = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", device.index if device.index is not None else 0)
@@ -210,6 +218,8 @@ class CpuMemory:
     The cap counts private writable mappings (VmData); the peak is resident memory above what the process
     held when the meter was made, since the kernel keeps no peak of VmData.
     """
+
+    measures_tensors = False
 
     def __init__(self) -> None:
         # Threads' stacks count as data: have torch start its threads first.

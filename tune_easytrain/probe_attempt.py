@@ -40,7 +40,7 @@ def run_attempt(
     retries_before = memory.num_retries()
     start = time.perf_counter()
     failure, outcome = "", Outcome.FITS
-    exercise = _Exercise(task, microbatch_size, device, precision, clip_norm)
+    exercise = _Exercise(task, microbatch_size, device, memory, precision, clip_norm)
     try:
         with kept_random_state():
             exercise.run()
@@ -51,7 +51,7 @@ def run_attempt(
         outcome = Outcome.OUT_OF_MEMORY if kind is ErrorKind.MEMORY else Outcome.SIZE_LIMIT
         failure = first_line(error)
     # The traceback that held the failed pass's tensors is gone only here, behind the except block.
-    peak_bytes = memory.peak_bytes()
+    peak_bytes = max(exercise.training_peak_bytes, memory.peak_bytes())
     if outcome is Outcome.FITS and memory.num_retries() > retries_before:
         outcome = Outcome.ALLOCATOR_RETRIED
     # A device that an illegal access has broken says so again; its process is thrown away.
@@ -65,6 +65,7 @@ class _Exercise:
 
     Attributes:
         sizes_run: the size of each window's last micro-batch once an optimizer step has followed it.
+        training_peak_bytes: the most memory in use while training, once that is known.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class _Exercise:
         task: Task,
         microbatch_size: int,
         device: torch.device,
+        memory: DeviceMemory,
         precision: Precision,
         clip_norm: float | None,
     ) -> None:
-        self._task, self._microbatch_size = task, microbatch_size
+        self._task, self._microbatch_size, self._memory = task, microbatch_size, memory
         self._device, self._precision, self._clip_norm = device, precision, clip_norm
         self.sizes_run: list[int] = []
+        self.training_peak_bytes = 0
 
     def run(self) -> None:
         """Train, evaluate and generate; raises whatever goes wrong."""
@@ -89,9 +92,11 @@ class _Exercise:
             self._train([tiny])
             full = self._batch(self._microbatch_size)
             self._train([tiny, full])
-            del tiny
             self._optimizer.zero_grad(set_to_none=True)
-            self._evaluate(full)
+            self.training_peak_bytes = self._memory.peak_bytes()
+            del tiny, full
+            if not self._evaluation_is_small():
+                self._evaluate(self._batch(self._microbatch_size))
         finally:
             del self._model, self._optimizer, self._state
 
@@ -109,6 +114,19 @@ class _Exercise:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
         self._optimizer.step()
         self.sizes_run.append(count_samples(window[-1]))
+
+    def _evaluation_is_small(self) -> bool:
+        """Whether a quarter of the micro-batch shows that evaluating all of it needs less than training it.
+
+        Memory is `a + b × m` with an `a` of at least 0, and so at most four times that of a quarter. It saves
+        most of what evaluation costs here; where it does not settle the matter, all of it is evaluated.
+        """
+        quarter = -(-self._microbatch_size // 4)
+        if not self._memory.measures_tensors or quarter < _TINY_SIZE:
+            return False
+        self._memory.reset_peak()
+        self._evaluate(self._batch(quarter))
+        return 4 * self._memory.peak_bytes() <= self.training_peak_bytes
 
     def _evaluate(self, batch: Batch) -> None:
         self._model.eval()

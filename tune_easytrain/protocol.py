@@ -24,6 +24,7 @@ class Opening:
         scratch_dir: a folder of the trial's own for checkpoints on their way to storage.
         checkpoint_path: the checkpoint to go on from.
         budget_bytes: the memory budget found by an earlier child of this trial.
+        is_shared: whether other trials may ask for what this one finds, so that it needs a signature.
     """
 
     task_payload: bytes | None
@@ -36,6 +37,7 @@ class Opening:
     scratch_dir: str
     checkpoint_path: str | None = None
     budget_bytes: int | None = None
+    is_shared: bool = True
 
 
 @dataclass(frozen=True, slots=True)

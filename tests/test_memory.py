@@ -68,7 +68,8 @@ SIZE_LIMITS = [
     RuntimeError("integer out of range"),
     RuntimeError("quantile() input tensor is too large"),
     RuntimeError(
-        "Efficient attention cannot produce valid seed and offset outputs when the batch size exceeds (65535)."
+        "Efficient attention cannot produce valid seed and offset outputs "
+        "when the batch size exceeds (65535)."
     ),
     RuntimeError("CUDA kernel launch blocks must be positive, but got N=-2147483648"),
 ]
@@ -151,7 +152,7 @@ def raised(outer: BaseException, inner: BaseException, *, chained: str) -> BaseE
             if chained == "from None":
                 raise outer from None
             raise outer  # noqa: B904 -- that it is not told is what is tested
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 -- any of the parameters
         return error
 
 
@@ -205,7 +206,7 @@ class DiesOnRead(Dataset[int]):
 
 
 def test_a_loader_process_that_the_kernel_killed_is_a_memory_error() -> None:
-    with pytest.raises(RuntimeError, match="exited unexpectedly|is killed by signal") as caught:
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed by signal") as caught:
         next(iter(DataLoader(DiesOnRead(), num_workers=1)))
     assert classify_error(caught.value) is ErrorKind.MEMORY
 

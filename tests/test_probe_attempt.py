@@ -236,6 +236,43 @@ def test_nothing_of_a_failed_pass_is_alive_when_memory_is_given_back() -> None:
     assert len(activations) == 1
 
 
+class Scripted(CpuMemory):
+    """A meter that knows tensors to the byte: of training, of a quarter of the evaluation, and at the end."""
+
+    measures_tensors = True
+
+    def __init__(self, *peaks_bytes: int) -> None:
+        super().__init__()
+        self.peaks_bytes = list(peaks_bytes)
+
+    def peak_bytes(self) -> int:
+        return self.peaks_bytes.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("peaks_bytes", "sizes_evaluated", "peak_bytes"),
+    [
+        pytest.param((100, 25, 25), {4}, 100, id="a quarter shows that all of it is less than training"),
+        pytest.param((100, 26, 120), {4, 16}, 120, id="evaluation may need more than training"),
+    ],
+)
+def test_evaluation_is_done_in_full_unless_a_quarter_settles_it(
+    peaks_bytes: tuple[int, ...], sizes_evaluated: set[int], peak_bytes: int
+) -> None:
+    recording = Recording()
+    result = attempt(recording.task, 16, memory=Scripted(*peaks_bytes))
+    assert {call[2] for call in recording.calls if call[1:2] == ("eval",)} == sizes_evaluated
+    assert result.peak_bytes == peak_bytes
+
+
+@pytest.mark.parametrize("memory", [CpuMemory(), Scripted(100, 1, 1)])
+def test_evaluation_of_a_few_samples_or_on_a_cpu_is_always_done_in_full(memory: CpuMemory) -> None:
+    recording = Recording()
+    attempt(recording.task, 3 if memory.measures_tensors else 16, memory=memory)
+    (size,) = {call[2] for call in recording.calls if call[1:2] == ("eval",)}
+    assert size == (3 if memory.measures_tensors else 16)
+
+
 class Struggling(CpuMemory):
     """An allocator that flushes its cache whenever it is asked."""
 

@@ -52,6 +52,25 @@ def test_the_probe_finds_what_fits_into_the_budget(search, start, num_failures):
     assert all(a.peak_bytes <= BUDGET_BYTES for a in result.attempts)
 
 
+def build_task_that_evaluates_wide(config):
+    task = toys.build_hungry_task(config)
+    task.predict = lambda model, batch: (batch.expand(-1, 20 * model.width) + 1, batch)
+    return task
+
+
+def test_evaluation_that_needs_more_than_training_is_what_limits():
+    result = find_microbatch(
+        build_task_that_evaluates_wide, {"num_samples": 1000}, limit=1000, device="cuda", budget_bytes=2**31
+    )
+    narrow = find_microbatch(
+        toys.build_hungry_task, {"num_samples": 1000}, limit=1000, device="cuda", budget_bytes=2**31
+    )
+    assert result.microbatch_size * 20 * toys.BYTES_PER_SAMPLE < 2**31
+    assert result.microbatch_size < narrow.microbatch_size
+    (attempt,) = (a for a in result.attempts if a.microbatch_size == result.microbatch_size)
+    assert attempt.peak_bytes > result.microbatch_size * 20 * toys.BYTES_PER_SAMPLE
+
+
 def test_not_even_one_sample_fits():
     with pytest.raises(NotEnoughMemoryError, match="not even one sample"):
         find_microbatch(toys.build_hungry_task, {}, limit=8, device="cuda", budget_bytes=10 * 2**20)

@@ -374,7 +374,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Driven:
     return Faults().drive(tmp_path_factory.mktemp("undisturbed"), limit=10, **RESCUE_OPTIONS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     limit=st.sampled_from([4, 5, 7, 10]),
     moments=st.lists(

@@ -216,6 +216,9 @@ class HomeMade(torch.optim.Optimizer):
         (optimizer("Adam"), 4, 5),
         (optimizer("Adam", amsgrad=True), 5, 6),
         (optimizer("Adam", foreach=False), 4, 4 + 2 * FIRST / NUM_PARAMETERS),
+        (optimizer("Adam", fused=True), 4, 4),
+        (optimizer("SGD", momentum=0.9, fused=True), 3, 3),
+        (optimizer("Adam", capturable=True), 4, 5),
         (optimizer("AdamW", weight_decay=0.1), 4, 5),
         (optimizer("RMSprop"), 3, 4),
         (optimizer("Adagrad"), 3, 5),
@@ -236,6 +239,17 @@ def test_muon() -> None:
     found = numbers(estimate_task(small_perceptron(optimizer=optimizer("Muon"))), 1)
     assert found["forward"] / NUM_PARAMETERS == pytest.approx(3, abs=0.04)
     assert 3 * NUM_PARAMETERS + FIRST < found["optimizer"] < 6 * NUM_PARAMETERS
+
+
+def test_a_phase_after_training_that_cannot_be_traced_is_left_out_and_told() -> None:
+    def generate(model: nn.Module, batch: Tensor) -> Tensor:
+        return batch if model(batch).sum() > 0 else -batch
+
+    estimate = estimate_task(small_perceptron(predict=generate, generate=generate))
+    assert estimate.phase_peak_bytes(8).keys() == {"forward", "backward", "optimizer"}
+    assert estimate.missing.keys() == {"evaluation", "generation"}
+    assert f"{Path(__file__).name}:" in estimate.missing["generation"]
+    assert estimate_task(small_perceptron()).missing == {}
 
 
 def test_an_optimizer_that_needs_a_closure_has_no_estimate() -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tune_easytrain.autocast_rules import Autocast
 from tune_easytrain.cuda_kernels import cuda_kernels
+from tune_easytrain.cuda_optimizers import choose_foreach, cuda_optimizers
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.kernel_scratch import FIXED_BYTES, cuda_scratch
 from tune_easytrain.known_values import ConstantsFromHost
@@ -60,7 +61,7 @@ def estimate_memory(
         clip_norm: largest gradient norm, None: no clipping.
 
     Raises:
-        EstimateError: the task cannot be traced; it says why and where.
+        EstimateError: training the task cannot be traced; it says why and where.
     """
     try:
         task = build_task(config)
@@ -106,6 +107,7 @@ class _Tracer:
         self._autocast = Autocast()
         self._recorder = MemoryRecorder(cuda_scratch)
         self._fixed_bytes = FIXED_BYTES if device == "cuda" else 0
+        self._missing: dict[str, str] = {}
 
     def estimate(self) -> MemoryEstimate:
         """Trace at two sizes and join the traces; at many where they are not alike."""
@@ -114,6 +116,7 @@ class _Tracer:
             ConstantsFromHost(),
             cuda_kernels(self._autocast, fused_dropout=self._device_type == "cuda"),
             self._autocast.stands_in_for_torch(),
+            cuda_optimizers(),
         ):
             with _META:
                 self._model = self._task.model()
@@ -122,7 +125,7 @@ class _Tracer:
                 self._recorder.track(tensor)
             self._optimizer = self._task.optimizer(self._model)
             if self._device_type == "cuda":
-                _choose_foreach(self._optimizer)
+                choose_foreach(self._optimizer)
             self._used = self._watch_gradients()
             self._give_gradients()
             self._snapshot = StateSnapshot(self._model)
@@ -133,9 +136,10 @@ class _Tracer:
             traces[_SIZES[1]] = self._trace(_SIZES[1])
             phases = self._join(traces[_SIZES[0]], traces[_SIZES[1]], _SIZES)
             if None not in phases:
-                return MemoryEstimate((Segment(None, tuple(filter(None, phases))),), self._device_type)
+                whole = Segment(None, tuple(filter(None, phases)))
+                return MemoryEstimate((whole,), self._device_type, missing=self._missing)
             traces |= {size: self._trace(size) for size in _LADDER if size not in traces}
-        return MemoryEstimate(tuple(self._ladder(traces)), self._device_type)
+        return MemoryEstimate(tuple(self._ladder(traces)), self._device_type, missing=self._missing)
 
     def _batch(self, microbatch_size: int) -> Batch:
         return worst_case_batch(self._task, microbatch_size, _META)
@@ -189,14 +193,27 @@ class _Tracer:
         with recording() as phases["optimizer"]:
             self._step()
         with self._evaluating():
-            with recording() as phases["evaluation"]:
-                self._loss(batch)
-                if self._task.predict is not None:
-                    self._task.predict(self._model, batch)
+            self._trace_if_possible("evaluation", self._evaluate, batch, phases)
             if self._task.generate is not None:
-                with recording() as phases["generation"]:
-                    self._task.generate(self._model, batch)
+                generate = partial(self._task.generate, self._model)
+                self._trace_if_possible("generation", generate, batch, phases)
         return phases
+
+    def _evaluate(self, batch: Batch) -> None:
+        self._loss(batch)
+        if self._task.predict is not None:
+            self._task.predict(self._model, batch)
+
+    def _trace_if_possible(
+        self, name: str, run: Callable[[Batch], Any], batch: Batch, phases: dict[str, Timeline]
+    ) -> None:
+        """Record a phase that comes after training; where that fails, training's phases still stand."""
+        try:
+            with self._recorder.recording() as timeline:
+                run(batch)
+            phases[name] = timeline
+        except Exception as error:  # noqa: BLE001 -- whatever the task's code raises is why it is missing
+            self._missing[name] = _reason(error)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -214,27 +231,30 @@ class _Tracer:
     def _join(
         self, small: dict[str, Timeline], large: dict[str, Timeline], sizes: tuple[int, int]
     ) -> list[PhaseEstimate | None]:
-        return [join_timelines(name, small[name], large[name], sizes, self._fixed_bytes) for name in small]
+        return [
+            join_timelines(name, small[name], large[name], sizes, self._fixed_bytes)
+            for name in small
+            if name not in self._missing
+        ]
 
     def _ladder(self, traces: dict[int, dict[str, Timeline]]) -> Iterator[Segment]:
         """Yield the phases between each two sizes traced, straight from peak to peak."""
         for sizes in pairwise(_LADDER):
             small, large = (traces[size] for size in sizes)
             phases = tuple(
-                join_peaks(name, small[name], large[name], sizes, self._fixed_bytes) for name in small
+                join_peaks(name, small[name], large[name], sizes, self._fixed_bytes)
+                for name in small
+                if name not in self._missing
             )
             yield Segment(None if sizes[1] == _LADDER[-1] else sizes[1], phases)
 
 
-def _choose_foreach(optimizer: Optimizer) -> None:
-    """Let the optimizer step over all parameters at once where it would on CUDA, with copies of that size."""
-    for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True
-
-
 def _no_estimate(error: Exception) -> EstimateError:
-    """Return the reason in words, with the place in the task's own code."""
+    return EstimateError(f"no estimate: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Return in words why something cannot be traced, with the place in the task's own code."""
     own = str(Path(__file__).parent)
     outside = str(Path(torch.__file__).parent)
     frames = [
@@ -247,4 +267,4 @@ def _no_estimate(error: Exception) -> EstimateError:
     reason = text[0] if text else ""
     if not isinstance(error, UnknownValueError):
         reason = f"{type(error).__name__}: {reason}"
-    return EstimateError(f"no estimate: {reason}{where}")
+    return f"{reason}{where}"

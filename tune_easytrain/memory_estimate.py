@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from tune_easytrain.byte_size import format_bytes
 
@@ -91,10 +91,13 @@ class MemoryEstimate:
     Attributes:
         segments: by rising size; more than one only where a task does other operations at other sizes.
         device_type: whose kernels were assumed, `cuda` or `cpu`.
+        missing: phases after training (evaluation, generation) that could not be traced, each with the
+            reason. The peak is that of the others; the probe runs all of them.
     """
 
     segments: tuple[Segment, ...]
     device_type: str
+    missing: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Return the peak over all phases, in bytes; raises ValueError below one sample."""

@@ -177,6 +177,7 @@ class MemoryPlan:
         lines += _listed(
             "No estimate", (trial.error and f"{trial.name}: {trial.error}" for trial in self.trials)
         )
+        lines += _listed("Estimated without", (line for t in self.trials for line in _missing_phases(t)))
         if self.drawn:
             shown = ", ".join(f"{key}={value}" for key, value in self.drawn.items())
             lines.append(f"Drawn keys were estimated at {shown}.")
@@ -249,6 +250,11 @@ def _listed(heading: str, entries: Iterable[str | None]) -> list[str]:
     """Return a heading and its entries, each once; nothing where there are none."""
     lines = [f"  {entry}" for entry in dict.fromkeys(entries) if entry]
     return [f"{heading}:", *lines] if lines else []
+
+
+def _missing_phases(trial: TrialMemory) -> list[str]:
+    missing = {} if trial.estimate is None else trial.estimate.missing
+    return [f"{phase} of {trial.name}: {reason}" for phase, reason in missing.items()]
 
 
 def _fits_in_words(trial: TrialMemory) -> str:

@@ -100,9 +100,9 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._to_host(args[0], kwargs)
         try:
             result = self._operations.run(func, args, kwargs)
-        except NotImplementedError as error:  # the shape of the result depends on values
+        except NotImplementedError as error:  # the shape of the result depends on values, or there is none
             result = self._by_values(func, args, kwargs)
-            if result is None:
+            if result is None and func._schema.returns:
                 raise UnknownValueError(f"torch cannot tell what {func} gives without its values") from error
         else:
             self._known.follow(func, args, kwargs, result)

@@ -21,5 +21,5 @@ class LinearEstimate(MemoryEstimate):
         return {"backward": round(backward * GIB), "optimizer": round(self.fixed_gib * GIB)}
 
 
-def make_estimate(fixed_gib: float, gib_per_sample: float) -> MemoryEstimate:
-    return LinearEstimate((), "cuda", fixed_gib, gib_per_sample)
+def make_estimate(fixed_gib: float, gib_per_sample: float, **missing: str) -> MemoryEstimate:
+    return LinearEstimate((), "cuda", fixed_gib, gib_per_sample, missing=missing)

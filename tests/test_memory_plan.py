@@ -15,7 +15,7 @@ from tune_easytrain.memory_plan import MemoryPlan, build_memory_plan, largest_po
 
 GPU = Accelerator("a GPU", 20 * GIB)
 BUDGET = 18 * GIB - CUDA_RESERVE_BYTES
-PER_SAMPLE_GIB = {"small": 0.1, "medium": 1.0, "large": 5.0, "huge": 30.0}
+PER_SAMPLE_GIB = {"small": 0.1, "talker": 0.1, "medium": 1.0, "large": 5.0, "huge": 30.0}
 
 
 def make_plan(sweep: dict[str, Any], max_experiments: int | None = None) -> MemoryPlan:
@@ -23,7 +23,10 @@ def make_plan(sweep: dict[str, Any], max_experiments: int | None = None) -> Memo
 
     def estimate(config: dict[str, Any]) -> MemoryEstimate | str:
         name = config["model"]["type"]
-        return "control flow hangs on data" if name == "odd" else make_estimate(1.0, PER_SAMPLE_GIB[name])
+        missing = {"generation": "it looks at words"} if name == "talker" else {}
+        if name == "odd":
+            return "control flow hangs on data"
+        return make_estimate(1.0, PER_SAMPLE_GIB[name], **missing)
 
     config = load_config(sweep)
     return build_memory_plan(
@@ -97,6 +100,14 @@ def test_a_trial_without_an_estimate_says_why() -> None:
     assert plan.trials[1].as_json()["error"] is None
     assert plan.table()[1][0][-1] == "no estimate: control flow hangs on data"
     assert "  trial 0 (odd): control flow hangs on data" in plan.describe()
+
+
+def test_a_phase_that_the_estimate_lacks_is_told() -> None:
+    plan = make_plan(make_sweep(["talker", "medium"]))
+    assert plan.describe()[-2:] == [
+        "Estimated without:",
+        f"  generation of {plan.trials[0].name}: it looks at words",
+    ]
 
 
 def test_pairs_that_do_not_fit_at_once_are_told_once_each() -> None:

@@ -104,6 +104,7 @@ class DeviceSession:
         if self._opening.function_payload is not None:
             function = cloudpickle.loads(self._opening.function_payload)
         checkpoint = self._opening.checkpoint_path
+        self.memory.release()
         self.memory.cap(self.budget_bytes)
         self.memory.reset_peak()
         context = TrialContext(

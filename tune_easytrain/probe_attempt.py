@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -54,9 +55,8 @@ def run_attempt(
     peak_bytes = max(exercise.training_peak_bytes, memory.peak_bytes())
     if outcome is Outcome.FITS and memory.num_retries() > retries_before:
         outcome = Outcome.ALLOCATOR_RETRIED
-    # A device that an illegal access has broken says so again; its process is thrown away.
-    with suppress(RuntimeError) if failure else nullcontext():
-        memory.release()
+    # The allocator's cache stays: a process that has failed is thrown away with it, and training needs it.
+    gc.collect()
     return Attempt(microbatch_size, outcome, peak_bytes, time.perf_counter() - start, failure)
 
 

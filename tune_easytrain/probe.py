@@ -21,7 +21,7 @@ MAX_ATTEMPTS = 5
 SMALLEST_GAIN = 0.10
 """The search ends when the next size would be less than this much larger than the best one known."""
 SMALLEST_CORRECTION = 0.04
-"""An estimate is corrected, and a larger size tried, where it was higher than the peak by this much."""
+"""The same for a size that the corrected estimate says will fit, unless it is but one sample more."""
 
 
 class Outcome(StrEnum):
@@ -208,10 +208,10 @@ def _next_corrected(good: Attempt, plan: SearchPlan) -> int | None:
     if plan.estimate.device_type == "cpu":  # its peak is resident memory, its cap is on what is mapped
         return None
     ratio = good.peak_bytes / plan.estimate.peak_bytes(good.microbatch_size)
-    if ratio > 1 - SMALLEST_CORRECTION:
-        return None
     larger = plan.estimated_size(plan.limit, ratio=ratio)
-    return larger if larger > good.microbatch_size else None
+    gain = larger - good.microbatch_size
+    is_worth_it = gain >= max(2.0, SMALLEST_CORRECTION * good.microbatch_size)
+    return larger if is_worth_it or gain >= max(1.0, SMALLEST_GAIN * good.microbatch_size) else None
 
 
 def find_largest(attempt: Callable[[int], Attempt], plan: SearchPlan) -> ProbeResult:

@@ -11,7 +11,8 @@ from tune_easytrain.accelerators import Accelerator
 from tune_easytrain.config import load_config
 from tune_easytrain.memory_budget import CUDA_RESERVE_BYTES, headroom_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.memory_plan import MemoryPlan, build_memory_plan, largest_power_of_two
+from tune_easytrain.memory_plan import MemoryPlan, build_memory_plan
+from tune_easytrain.probe import largest_power_of_two
 
 GPU = Accelerator("a GPU", 20 * GIB)
 BUDGET = 18 * GIB - CUDA_RESERVE_BYTES

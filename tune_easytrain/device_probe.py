@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.probe import ProbeResult, Search, SearchPlan, find_largest
+from tune_easytrain.probe import ProbeResult, Search, SearchPlan, begins_with_estimate, find_largest
 from tune_easytrain.protocol import Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import BuildTask
@@ -69,7 +69,7 @@ def find_microbatch(
         )
         try:
             estimate = None
-            if start is None and search != "power_of_two":
+            if begins_with_estimate(search, start):
                 estimated = children.estimate()  # before the device is touched
                 estimate = estimated if isinstance(estimated, MemoryEstimate) else None
             opened = children.open()

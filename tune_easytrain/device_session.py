@@ -151,7 +151,8 @@ class DeviceSession:
         return len(data)
 
     def _sign(self) -> str:
-        is_needed = self._opening.is_shared or self._device.type == "cpu"
+        is_first = self._opening.budget_bytes is None
+        is_needed = (self._opening.is_shared and is_first) or self._device.type == "cpu"
         if self._task is None or self._settings.probe == "off" or not is_needed:
             return ""
         return task_signature(self._task, self._opening, self._device)

@@ -13,7 +13,7 @@ from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import MODEL_KEY, Distribution
 from tune_easytrain.memory_budget import BudgetRequest
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.probe import SearchPlan
+from tune_easytrain.probe import SearchPlan, largest_power_of_two
 from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
 from tune_easytrain.settings import TrialSettings, given_batch_size
 
@@ -234,11 +234,6 @@ def example_configs(config: SweepConfig, max_experiments: int | None = None) -> 
 def drawn_examples(config: SweepConfig) -> dict[str, Any]:
     """Return a value for every drawn key: the largest number it can be, else the first choice."""
     return {key: _example(values) for key, values in distributions(config.grid_search).items()}
-
-
-def largest_power_of_two(number: int) -> int:
-    """Return the largest power of two up to `number`; 0 for 0."""
-    return 1 << (number.bit_length() - 1) if number else 0
 
 
 def _example(distribution: Distribution) -> Any:

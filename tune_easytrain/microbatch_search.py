@@ -8,7 +8,14 @@ from dataclasses import asdict, replace
 from tune_easytrain.errors import EstimateError, NotEnoughMemoryError
 from tune_easytrain.events import Event, Probed
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.probe import Attempt, Bound, ProbeResult, SearchPlan, find_largest
+from tune_easytrain.probe import (
+    Attempt,
+    Bound,
+    ProbeResult,
+    SearchPlan,
+    begins_with_estimate,
+    find_largest,
+)
 from tune_easytrain.probe_cache import KnownSizes, LocalProbeCache, ProbeCache, ProbeEvidence, ProbeQuestion
 from tune_easytrain.protocol import Opened
 from tune_easytrain.settings import TrialSettings
@@ -55,8 +62,9 @@ def find_limit(
     try:
         # A resumed trial has an answer of its own to confirm, and waits for nobody.
         known = KnownSizes() if resumed_limit is not None else cache.acquire(question)
-        has_answer = resumed_limit is not None or known.proposal is not None or settings.start is not None
-        if not has_answer and settings.search != "power_of_two" and estimate is not None:
+        has_answer = resumed_limit is not None or known.proposal is not None
+        asks = not has_answer and begins_with_estimate(settings.search, settings.start)
+        if asks and estimate is not None:
             estimated = estimate()
         usable = estimated if isinstance(estimated, MemoryEstimate) else None
         plan = search_plan(settings, resumed_limit, question, known, usable)
@@ -107,7 +115,7 @@ def search_plan(
         return replace(plan, limit=known.proposal, start=known.proposal)
     if plan.search == "grow" and plan.start is not None:
         return replace(plan, start=max(plan.start, good))
-    if plan.search != "power_of_two" and plan.start is None and estimate is None and bad is not None:
+    if begins_with_estimate(plan.search, plan.start) and estimate is None and bad is not None:
         return replace(plan, start=(good + bad) // 2, search="grow")
     return plan
 

@@ -91,6 +91,16 @@ class ProbeResult:
         return sum(attempt.seconds for attempt in self.attempts)
 
 
+def begins_with_estimate(search: Search, start: int | None) -> bool:
+    """Whether a search takes its first size from an estimate, where there is one."""
+    return start is None and search != "power_of_two"
+
+
+def largest_power_of_two(number: int) -> int:
+    """Return the largest power of two up to `number`; 0 for 0."""
+    return 1 << (number.bit_length() - 1) if number else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchPlan:
     """How to look for the largest micro-batch size.
@@ -115,7 +125,7 @@ class SearchPlan:
     def first_size(self) -> int:
         """The size to try first."""
         if self.search == "power_of_two":
-            return 1 << (min(self.start or 1, self.limit).bit_length() - 1)
+            return largest_power_of_two(min(self.start or 1, self.limit))
         if self.start is not None:
             return max(1, min(self.start, self.limit))
         return max(1, self.estimated_size(self.limit))

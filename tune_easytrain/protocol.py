@@ -53,7 +53,7 @@ class Opened:
 
     `budget_bytes` is what the child is capped at. `num_train_samples` is None without a task, `metric_names`
     None where a function of the user's own reports whatever it likes. `signature` is the same for trials
-    that need the same memory; empty where nothing is probed, and from children after a trial's first.
+    that need the same memory; empty where nothing is probed. A trial's first child gives it.
     """
 
     device_name: str

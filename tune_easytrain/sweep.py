@@ -79,7 +79,7 @@ def run(
     if debug:
         check_local_gpu(config.trial)
         directory = _create(config, task, function, num_points)
-        records = _records(directory)
+        records, _ = _load_trials(directory)
         with _display(config, records, console) as progress:
             recorder = SweepRecorder(directory, records, progress.watch)
             run_trials_inline(config, task, function, recorder, num_points)
@@ -127,24 +127,21 @@ def _create(config: SweepConfig, task: bytes | None, function: bytes | None, num
     return directory
 
 
-def _records(directory: RunDirectory) -> dict[str, TrialRecord]:
-    return {record.trial_id: record for record in SweepResults(directory).records()}
-
-
-def _probe_evidence(directory: RunDirectory) -> list[ProbeEvidence]:
-    """Return what the trials of a sweep had measured before it was interrupted."""
-    return [
-        evidence
-        for trial_id in directory.trial_ids()
-        for evidence in evidence_in(load_events(directory.trial_path(trial_id)))
-    ]
+def _load_trials(directory: RunDirectory) -> tuple[dict[str, TrialRecord], list[ProbeEvidence]]:
+    """Return where a sweep's trials stand, and what they have measured, from one reading of their events."""
+    records, evidence = dict[str, TrialRecord](), list[ProbeEvidence]()
+    for name in directory.trial_ids():
+        events = list(load_events(directory.trial_path(name)))
+        records[name] = TrialRecord.from_events(name, events)
+        evidence += evidence_in(events)
+    return records, evidence
 
 
 def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console: Console) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
-    records = _records(directory)
+    records, evidence = _load_trials(directory)
     events = Queue(actor_options={"num_cpus": 0})
-    probe_cache = start_probe_cache(_probe_evidence(directory))
+    probe_cache = start_probe_cache(evidence)
     trainable = _trainable(config, directory, events, probe_cache, records)
     run_dir = str(directory.path)
     with _display(config, records, console) as progress:

@@ -123,9 +123,9 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
             device_share=min(1.0, resources.gpu or 1.0),
             num_threads=max(1, int(resources.cpu)),
             scratch_dir=scratch_dir,
+            is_shared=False,
         )
-        # `run` has built every model before it starts children, and with them imported torchvision.
-        children = TrialChildren(opening, (*slow_modules_in_use(), "torchvision"))
+        children = TrialChildren(opening, slow_modules_in_use())
         try:
             return _probe(children, opening, number, say)
         finally:

@@ -57,7 +57,8 @@ def test_a_name_that_comes_in_two_sizes_is_refused_with_both() -> None:
 @pytest.mark.parametrize(
     ("written", "told"),
     [
-        ("H100 40GB", "did you mean 'H100 80GB'?"),
+        ("H100 40GB", "did you mean 'H100 80GB' or 'H100 NVL 94GB'?"),
+        ("RTX 6000", "did you mean 'RTX 6000 Ada 48GB' or 'RTX PRO 6000 96GB'?"),
         ("A100 20GB", "did you mean 'A100 80GB' or 'A100 40GB'?"),
         ("H1O0", "did you mean 'H100 80GB'"),
         ("NVIDIA GeForce RTX 4091", "did you mean 'RTX 4090 24GB'"),

@@ -128,15 +128,24 @@ def test_plan_on_a_gpu_tells_what_each_trial_needs_there(ask: Ask, toy_sweep: Pa
 
 
 def test_plan_on_a_gpu_as_json_has_the_keys_that_are_documented(ask: Ask, toy_sweep: Path) -> None:
-    toy_sweep.write_text(TOY_SWEEP.replace("large", "lrge"))
-    small, unknown = json.loads(ask("plan", toy_sweep, "--memory", "1GiB", "--json").out)
+    toy_sweep.write_text(TOY_SWEEP.replace("[small, large]", "[small]") + "    toy.fault: [none, bug]\n")
+    answer = ask("plan", toy_sweep, "--memory", "1GiB", "--json")
+    assert answer.code == 1
+    small, faulty = json.loads(answer.out)
     assert small["config"]["model"]["type"] == "small"
     assert small["memory_budget_bytes"] == int(0.9 * 2**30) - 256 * 2**20
     assert 0 < small["estimated_peak_bytes"] < 2**28
     assert (small["microbatch_size"], small["accumulation_steps"], small["effective_batch_size"]) == (8, 1, 8)
     assert (small["fits"], small["error"]) == (True, None)
-    assert unknown["estimated_peak_bytes"] is unknown["fits"] is None
-    assert "did you mean 'large'?" in unknown["error"]
+    assert faulty["estimated_peak_bytes"] is faulty["fits"] is None
+    assert "a bug in the task" in faulty["error"]
+
+
+def test_plan_on_a_gpu_tells_an_unknown_model_at_its_line(ask: Ask, toy_sweep: Path) -> None:
+    toy_sweep.write_text(TOY_SWEEP.replace("large", "lrge"))
+    answer = ask("plan", toy_sweep, "--memory", "1GiB")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith(f"error: {toy_sweep}:6: grid_search.grid.model.type[1]: unknown name 'lrge'")
 
 
 def test_write_pairs_prints_yaml_and_nothing_else(ask: Ask, toy_sweep: Path) -> None:
@@ -159,7 +168,7 @@ def test_a_gpu_on_which_nothing_fits_has_no_pair_list(ask: Ask, toy_sweep: Path)
         (["--device", "A100"], "'A100 80GB' or 'A100 40GB'"),
         (["--device", "H1O0"], "did you mean 'H100 80GB'"),
         (["--memory", "24 gigs"], "--memory: '24 gigs' is not a size; write a size such as 24GiB"),
-        (["--memory", "0"], "--memory: 0 is less than one byte"),
+        (["--memory", "24"], "--memory: '24' would be bytes; write the unit, such as 24GiB"),
         (["--write-pairs"], "add --device 'H100 80GB' or --memory 24GiB"),
         (["--device", "H100", "--power-of-two"], "add --write-pairs"),
         (["--device", "H100", "--write-pairs", "--json"], "give one of them"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tune_easytrain.autocast_rules import Autocast
-from tune_easytrain.cuda_kernels import RecurrentNet, cuda_kernels
+from tune_easytrain.cuda_kernels import cuda_kernels
 from tune_easytrain.estimate import estimate_task
 from tune_easytrain.timeline import MemoryRecorder
 
@@ -148,89 +148,45 @@ def test_dropout_keeps_a_byte_for_each_number() -> None:
     assert kept(nn.Dropout(0.0)) <= 4 * MIB
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"bidirectional": True},
-    {"batch_first": True},
-    {"num_layers": 2, "dropout": 0.1},
-    {"bias": False},
-    {"packed": True, "batch_first": True},
-    {"packed": True, "given": True, "bidirectional": True},
-    {"given": True, "batch_first": True},
-]
-PROJECTED: list[dict[str, Any]] = [
-    {"proj_size": 16},
-    {"proj_size": 16, "bidirectional": True, "num_layers": 2, "given": True, "batch_first": True},
-]
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_rms_norm_keeps_its_input_and_a_number_per_row() -> None:
+    with torch.device("meta"):
+        norm = nn.RMSNorm(64)
+    inputs = torch.empty(8, 128, 64, device="meta", requires_grad=True)
+    assert kept_bytes(lambda: norm(inputs)) == 4 * (8 * 128 * 64 + 8 * 128)
+    half = inputs.bfloat16()  # the fused kernel wants one format: the plain formula keeps more
+    assert kept_bytes(lambda: norm(half)) > 4 * 2 * 8 * 128 * 64
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [(kind, options) for kind in ("LSTM", "GRU", "RNN") for options in OPTIONS]
-    + [("LSTM", options) for options in PROJECTED],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_recurrent_nets_give_shapes_and_gradients_as_elsewhere(
-    kind: str, options: dict[str, Any], dtype: torch.dtype | None
+def test_attention_with_its_matrix_keeps_that_once_and_scores_masked_in_place() -> None:
+    query, key = heads(512), heads(512, num_heads=2)
+    matrix = 4 * NUM_SAMPLES * NUM_HEADS * 512 * 512
+    with (
+        MemoryRecorder(lambda *_: None) as recorder,
+        cuda_kernels(Autocast()),
+        recorder.recording() as timeline,
+    ):
+        result = functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    assert result.shape == query.shape
+    in_use, most = 0, 0
+    for change in timeline.changes:
+        in_use += change if isinstance(change, int) else 0
+        most = max(most, in_use)
+    assert matrix <= in_use < 1.5 * matrix
+    assert 2 * matrix <= most < 2.8 * matrix  # scores and their softmax, no third one for the mask
+
+
+@pytest.mark.parametrize(("dropout_p", "has_matrix"), [(0.0, False), (0.1, True)])
+def test_attention_on_a_cpu_has_a_matrix_where_something_is_dropped(
+    dropout_p: float, has_matrix: bool
 ) -> None:
-    with torch.device("meta"):
-        net = nets.Recurrent(kind, **options)
-    inputs = torch.empty(3, 7, 32, device="meta", requires_grad=True)
-    outputs: list[Tensor] = []
-    net.net.register_forward_hook(lambda _, given, result: outputs.append(result[0]))
-    autocast = Autocast()
-    with cuda_kernels(autocast):
-        with autocast.enabled(dtype):
-            loss = net(inputs)
-        loss.backward()
-    real = nets.Recurrent(kind, **options)
-    real.net.register_forward_hook(lambda _, given, result: outputs.append(result[0]))
-    real(torch.zeros(3, 7, 32))
-    emulated, expected = (output.data if options.get("packed") else output for output in outputs)
-    assert emulated.shape == expected.shape
-    assert emulated.dtype == (torch.float32 if dtype is None else torch.float16)  # cuDNN's own rule
-    assert inputs.grad is not None
-    for parameter in net.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.shape == parameter.shape
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_gradients_go_through_the_state_from_one_net_to_the_next(kind: str) -> None:
-    class Translator(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.reader, self.writer = getattr(nn, kind)(8, 8), getattr(nn, kind)(8, 8)
-
-        def forward(self, batch: Tensor) -> Tensor:
-            _, state = self.reader(batch)
-            return self.writer(batch, state)[0]
-
-    with torch.device("meta"):
-        model = Translator()
-    with cuda_kernels(Autocast()):
-        model(torch.empty(5, 2, 8, device="meta")).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(("kind", "per_unit"), [("LSTM", 5), ("GRU", 6), ("RNN", 2)])
-def test_recurrent_nets_keep_a_reserve_for_backward(kind: str, per_unit: int) -> None:
-    with torch.device("meta"):
-        net = getattr(nn, kind)(64, 1024, num_layers=2)
-    inputs = torch.empty(50, 8, 64, device="meta")
-    training = kept_bytes(lambda: net(inputs)[0])
-    with torch.no_grad():
-        evaluating = kept_bytes(lambda: net(inputs)[0])
-    states = 4 * 2 * 8 * 1024
-    # Each time a kept output of the last layer beside it; the last states only in training are kept.
-    assert training - evaluating == pytest.approx(4 * 50 * 8 * 1024 * 2 * per_unit, abs=2 * states)
-
-
-def test_dropout_between_layers_is_kept_too() -> None:
-    nets_ = [RecurrentNet(4, 10, num_layers, 2, dropout, True) for num_layers, dropout in ((3, 0), (3, 0.1))]
-    assert [net.reserve_elements(7) for net in nets_] == [7 * 20 * 15, 7 * 20 * 17]
+    query = heads(256)
+    with MemoryRecorder(lambda *_: None) as recorder, cuda_kernels(Autocast(), "cpu"):
+        with recorder.recording() as timeline:
+            result = functional.scaled_dot_product_attention(query, query, query, dropout_p=dropout_p)
+        in_use = sum(change for change in timeline.changes if isinstance(change, int))
+    assert result.shape == query.shape
+    assert (in_use > 4 * NUM_SAMPLES * NUM_HEADS * 256 * 256) is has_matrix
 
 
 def test_the_device_alone_is_emulated_and_only_inside() -> None:

@@ -43,7 +43,7 @@ def test_growing_stops_at_the_real_edge_of_memory() -> None:
 
 def test_what_the_estimate_proposes_is_confirmed_with_one_try() -> None:
     result = probe(limit=6, budget_bytes=THREE_FIT)
-    assert (tried(result), result.bounded_by) == ([(2, Outcome.FITS)], Bound.ESTIMATE)
+    assert (tried(result), result.bounded_by) == ([(3, Outcome.FITS)], Bound.ESTIMATE)
 
 
 def test_a_limit_that_fits_by_the_estimate_is_confirmed_as_it_is() -> None:
@@ -66,7 +66,10 @@ def test_confirming_a_size_that_does_not_fit_goes_on_below_it() -> None:
 def test_not_even_one_sample_fits() -> None:
     with pytest.raises(NotEnoughMemoryError, match=r"not even one sample fits into 24\.0 MiB") as caught:
         probe(limit=2, budget_bytes=24 * MIB)
-    assert str(caught.value).count("out of memory") == 1
+    first_line, *tries = str(caught.value).splitlines()
+    assert "(micro-batch 1: out of memory (" in first_line
+    assert first_line.endswith("a smaller input or a smaller model")
+    assert len(tries) == 1
 
 
 def test_the_data_set_is_a_limit_too() -> None:
@@ -83,8 +86,21 @@ def test_a_bug_in_the_task_keeps_its_type() -> None:
 
 @pytest.mark.parametrize("name", ["limit", "start", "budget_bytes"])
 def test_sizes_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
         probe(**{"limit": 4, name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("budget_bytes", "1GiB", "budget_bytes must be an integer of at least 1, got '1GiB'"),
+        ("search", "best", "search: 'best' is not one of 'confirm', 'grow', 'power_of_two'"),
+        ("precision", "banana", "precision: 'banana' is not one of 'fp32', 'bf16'"),
+    ],
+)
+def test_what_an_argument_cannot_be_is_refused(name: str, value: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        probe(**{"limit": 4, name: value})
 
 
 def build_delicate_task(config: dict[str, Any]) -> Task:

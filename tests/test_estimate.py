@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tune_easytrain.errors import EstimateError
+from tune_easytrain.errors import EstimateError, UnknownNameError
 from tune_easytrain.estimate import estimate_memory, estimate_task
 from tune_easytrain.kernel_scratch import FIXED_BYTES
 from tune_easytrain.memory import CpuMemory
@@ -446,8 +446,8 @@ def line_of(function: Callable[..., Any], text: str) -> str:
 @pytest.mark.parametrize(
     ("loss", "why", "where"),
     [
-        (read_the_loss, "according to a number that only the device will know", "loss.item()"),
-        (branch_on_activations, "according to a number that only the device will know", "any()"),
+        (read_the_loss, "hangs on a number that only the device will know", "loss.item()"),
+        (branch_on_activations, "hangs on a number that only the device will know", "any()"),
         (
             pick_activations,
             r"torch cannot tell what aten\.index.* gives without its values",
@@ -485,9 +485,16 @@ def test_a_task_or_model_that_cannot_be_built_says_so() -> None:
     assert str(caught.value) == f"no estimate: FileNotFoundError: no weights ({line_of(no_model, 'raise')})"
 
 
+@pytest.mark.parametrize(("key", "value"), [("precision", "banana"), ("device", "h100")])
+def test_a_wrong_precision_or_device_names_those_there_are(key: str, value: str) -> None:
+    options: dict[str, Any] = {key: value}
+    with pytest.raises(ValueError, match=f"{key}: '{value}' is not one of '.*', '"):
+        estimate_memory(no_task, {}, **options)
+
+
 def test_by_config_is_by_its_task() -> None:
     config = toys.make_config(model={"type": "large"})
-    with pytest.raises(EstimateError, match="UnknownNameError: "):
+    with pytest.raises(UnknownNameError):
         estimate_memory(toys.build_task, toys.make_config(model={"type": "lrage"}))
     found = estimate_memory(toys.build_task, config, clip_norm=1.0, precision="bf16", device="cpu")
     expected = estimate_task(toys.build_task(config), clip_norm=1.0, precision="bf16", device="cpu")

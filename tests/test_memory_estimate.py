@@ -90,7 +90,7 @@ def test_the_peak_is_that_of_the_highest_phase_with_what_allocators_waste() -> N
     assert peaks["optimizer"] == pytest.approx(1.5 * peaks["backward"], abs=2)
     assert both.peak_bytes(10) == peaks["optimizer"]
     assert both.peak_bytes(100) == both.phase_peak_bytes(100)["backward"]
-    for device_type, least, most in (("cuda", 1.0, 1.02), ("cpu", 1.1, 1.5)):
+    for device_type, least, most in (("cuda", 1.0, 1.02), ("cpu", 1.05, 1.2)):
         found = replace(both, device_type=device_type).peak_bytes(100)
         assert least <= found / tensor_bytes[2] <= most
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tune_easytrain.accelerators import Accelerator
 from tune_easytrain.config import load_config
+from tune_easytrain.errors import EstimateError
 from tune_easytrain.memory_budget import CUDA_RESERVE_BYTES, headroom_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.memory_plan import MemoryPlan, build_memory_plan
@@ -22,11 +23,11 @@ PER_SAMPLE_GIB = {"small": 0.1, "talker": 0.1, "medium": 1.0, "large": 5.0, "hug
 def make_plan(sweep: dict[str, Any], max_experiments: int | None = None) -> MemoryPlan:
     """The plan of a sweep whose models need memory by `PER_SAMPLE_GIB`, and `odd` has no estimate."""
 
-    def estimate(config: dict[str, Any]) -> MemoryEstimate | str:
+    def estimate(config: dict[str, Any]) -> MemoryEstimate | EstimateError:
         name = config["model"]["type"]
         missing = {"generation": "it looks at words"} if name == "talker" else {}
         if name == "odd":
-            return "control flow hangs on data"
+            return EstimateError("control flow hangs on data")
         return make_estimate(1.0, PER_SAMPLE_GIB[name], **missing)
 
     config = load_config(sweep)
@@ -87,7 +88,10 @@ def test_a_trial_that_does_not_fit_tells_what_one_sample_needs() -> None:
     assert (row["fits"], row["microbatch_size"], row["accumulation_steps"]) == (False, None, None)
     assert row["estimated_peak_bytes"] == 31 * GIB
     assert row["memory_budget_bytes"] == BUDGET
-    assert "  trial 1 (huge, 16): needs 31.0 GiB, the budget is 17.8 GiB" in plan.describe()
+    assert (
+        "  trial 1 (huge, 16): needs 31.0 GiB, the budget is 17.8 GiB of which the probe uses 17.6 GiB"
+        in plan.describe()
+    )
     assert plan.table()[1][1][-1] == "not one sample"
 
 
@@ -124,7 +128,7 @@ def test_pairs_that_do_not_fit_at_once_are_told_once_each() -> None:
 
 
 def test_a_sweep_that_fits_has_nothing_to_tell_but_that() -> None:
-    assert make_plan(make_sweep(["small"])).describe() == ["1 of 1 trials fit on a GPU (20.0 GiB)."]
+    assert make_plan(make_sweep(["small"])).describe() == ["1 of 1 trial fits on a GPU (20.0 GiB)."]
 
 
 def test_with_the_probe_off_the_size_given_either_fits_or_does_not() -> None:

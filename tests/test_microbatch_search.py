@@ -134,7 +134,7 @@ def test_the_estimate_is_asked_for_only_where_a_first_size_is_wanted() -> None:
     def estimate() -> EstimateError:
         nonlocal num_asked
         num_asked += 1
-        return EstimateError("no estimate: of this one")
+        return EstimateError("of this one")
 
     for options in ({}, {}, {"resumed_limit": 4}, {"start": 20}, {"search": "power_of_two"}):
         device.trial(32, estimate=estimate, **options)

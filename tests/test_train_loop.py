@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
-from toys import make_opening, make_settings
+from toys import make_settings
 
 from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, train_loop
 from tune_easytrain.accumulate import accumulate_gradients
-from tune_easytrain.device_session import DeviceSession
 from tune_easytrain.errors import OutOfMemoryInTrainingError
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.random_state import seed_everything
-from tune_easytrain.task_source import pickle_function
 from tune_easytrain.train_loop import metric_names, train
 
 CPU = torch.device("cpu")
@@ -579,79 +577,3 @@ def test_a_rescue_ends_the_timing(tmp_path: Path, timed_task: Callable[[], tuple
     (change,) = driven.changes
     assert (change.failed_microbatch_size, change.accumulation_steps) == (2, 4)
     assert sizes == [2] * 4 + [1] * (500 - 8)
-
-
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Callable[..., DeviceSession]]:
-    sessions: list[DeviceSession] = []
-
-    def open_session(build: Any, function: Any = None, **changes: Any) -> DeviceSession:
-        payload = None if function is None else pickle_function(function, "train.function")
-        sessions.append(DeviceSession(make_opening(build, tmp_path, function_payload=payload, **changes)))
-        return sessions[-1]
-
-    yield open_session
-    for each in sessions:
-        each.memory.uncap()
-
-
-def build_small(config: dict[str, Any]) -> Task:
-    return make_task()
-
-
-def train_my_way(config: dict[str, Any], trial: Any) -> None:
-    state = trial.load_checkpoint() or {"round": 0}
-    while state["round"] < 3:
-        state = {"round": state["round"] + 1, "weight": torch.full((2,), float(state["round"]))}
-        steps = trial.batch_plan.accumulation_steps
-        trial.report({"score": torch.tensor(state["round"] * 1.5), "k": steps}, checkpoint=state)
-
-
-def test_an_own_training_function_reports_saves_and_goes_on(
-    session: Callable[..., DeviceSession], tmp_path: Path
-) -> None:
-    reports: list[Report] = []
-    session(build_small, train_my_way).train(3, reports.append)
-    assert [report.metrics for report in reports] == [{"score": s, "k": 3.0} for s in (1.5, 3.0, 4.5)]
-    assert reports[-1].peak_memory_bytes >= 0
-    kept = shutil.copy(str(reports[-1].checkpoint_path), tmp_path / "kept.pt")
-    torch.save({"round": 2}, kept)
-    resumed: list[Report] = []
-    session(build_small, train_my_way, checkpoint_path=str(kept)).train(3, resumed.append)
-    assert [report.metrics["score"] for report in resumed] == [4.5]
-
-
-def test_a_value_that_is_no_number_is_refused_by_name(session: Callable[..., DeviceSession]) -> None:
-    def report_text(config: dict[str, Any], trial: Any) -> None:
-        trial.report({"score": "high"})
-
-    with pytest.raises(TaskError, match="metric 'score' is not a single number but 'high'"):
-        session(build_small, report_text).train(3, lambda report: None)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried"), MemoryError()])
-def test_memory_that_runs_out_in_training_is_told_with_what_to_change(
-    session: Callable[..., DeviceSession], error: Exception
-) -> None:
-    def run_out(config: dict[str, Any], trial: Any) -> None:
-        raise error
-
-    with pytest.raises(
-        OutOfMemoryInTrainingError, match=r"micro-batches of 3 samples: .*Lower hp\.batch_size"
-    ):
-        session(build_small, run_out).train(3, lambda report: None)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda config: "model", "returned a str, not a tune_easytrain.Task"),
-        (lambda config: make_task(train_data=lambda: iter([1])), "without a length"),
-        (lambda config: make_task(train_data=list), "without a single sample"),
-    ],
-)
-def test_a_task_that_cannot_be_trained_is_refused_before_anything_is_tried(
-    session: Callable[..., DeviceSession], build: Any, message: str
-) -> None:
-    with pytest.raises(TaskError, match=message):
-        session(build)

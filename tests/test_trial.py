@@ -3,14 +3,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import build_hungry_task, build_task, build_uneven_task, make_config, make_settings
+import torch
+from toys import Ones, build_hungry_task, build_task, build_uneven_task, make_config, make_settings
 
-from tune_easytrain import NotEnoughMemoryError
+from tune_easytrain import NotEnoughMemoryError, Task
 from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.errors import ChildDiedError, MetricError
 from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started, TrainingEnded
@@ -254,3 +255,25 @@ def test_a_probe_that_finds_nothing_is_kept_all_the_same() -> None:
     probed = trial.event(Probed)
     assert probed.microbatch_size is None
     assert [a["outcome"] for a in probed.attempts] == [Outcome.OUT_OF_MEMORY]
+
+
+class Ballast(Ones):
+    """A data set that holds 200 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.held = torch.ones(50 * 2**20)
+
+
+def build_with_data_in_memory(config: dict[str, Any]) -> Task:
+    return replace(build_hungry_task(config), train_data=Ballast, val_data=Ballast)
+
+
+def test_on_a_cpu_data_in_memory_is_not_charged_to_the_budget() -> None:
+    trial = start(
+        build_with_data_in_memory, config={}, memory_budget_bytes=150 * 2**20, effective_batch_size=2
+    )
+    assert len(list(trial.reports)) == 2
+    (attempt,) = trial.event(Probed).attempts
+    assert (attempt["microbatch_size"], attempt["outcome"]) == (2, Outcome.FITS)
+    assert all(report.peak_memory_bytes < 150 * 2**20 for report in trial.events if type(report) is Reported)

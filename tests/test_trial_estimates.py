@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import WIDTHS, build_task
 
-from tune_easytrain import Task
+from tune_easytrain import Task, UnknownNameError
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.task_source import pickle_function
 from tune_easytrain.trial_estimates import estimate_key, estimate_trials
@@ -57,13 +57,15 @@ def test_each_distinct_trial_is_estimated_once_in_the_order_given() -> None:
 
 
 def test_a_fault_of_one_trial_leaves_the_others_their_estimates() -> None:
-    estimates = estimate(
-        build_faulty_task, *(make_config(m) for m in ("bug", "small", "odd exception", "lrge"))
-    )
+    estimates = estimate(build_faulty_task, *(make_config(m) for m in ("bug", "small", "odd exception")))
     assert isinstance(estimates[1], MemoryEstimate)
     assert "a bug in the task" in str(estimates[0])
     assert "one and two" in str(estimates[2])
-    assert "unknown name 'lrge'; did you mean 'large'?" in str(estimates[3])
+
+
+def test_what_the_task_calls_bad_input_is_that() -> None:
+    with pytest.raises(UnknownNameError, match="unknown name 'lrge'; did you mean 'large'"):
+        estimate(build_faulty_task, make_config("small"), make_config("lrge"))
 
 
 def test_a_killed_process_is_told_and_not_waited_for() -> None:

@@ -88,7 +88,8 @@ def find_accelerator(name: str) -> Accelerator:
     if found:
         raise BadInputError(f"--device: {name!r} comes in several sizes; write {_names(found, ' or ')}")
     models = sorted({own_model for own_model, _ in known.values()})
-    near = [model] if model in models else nearest_names(model, models)
+    words = set(model.split())
+    near = [name for name in models if words and words <= set(name.split())] or nearest_names(model, models)
     likely = [accelerator for like in near for accelerator in ACCELERATORS if known[accelerator][0] == like]
     remedy = f"did you mean {_names(likely, ' or ')}?" if likely else f"known: {_names(ACCELERATORS, ', ')}."
     raise BadInputError(f"--device: unknown GPU {name!r}; {remedy} For any other: --memory 24GiB")

@@ -87,11 +87,7 @@ def validate(file: File, overrides: Overrides = None) -> None:
     from tune_easytrain.task_source import load_sweep_functions
 
     task, _ = load_sweep_functions(config)
-    num_models = 0
-    if task is not None:
-        from tune_easytrain.model_check import check_models
-
-        num_models = check_models(config, task)
+    num_models = 0 if task is None else _check_models(config, task)
     _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")
 
 
@@ -139,9 +135,11 @@ def plan(
         _out(json.dumps(trials, indent=2, default=str))
     else:
         _print_plan(sweep_plan, memory_plan, hours_per_trial)
+    if memory_plan is not None and not memory_plan.has_estimates:
+        raise typer.Exit(EXIT_FAILED)
 
 
-@app.command(epilog="Example:  tune-easytrain probe configs/ucf101_demo.yaml --trial 6")
+@app.command(epilog="Example:  tune-easytrain probe first.yaml --trial 1")
 def probe(
     file: File,
     trial: Annotated[int, typer.Option(help="The trial's number, as `plan` shows it.", show_default=False)],
@@ -273,9 +271,23 @@ def _memory_plan(config: SweepConfig, accelerator: Accelerator, max_experiments:
     task, _ = load_sweep_functions(config)
     if task is None:
         raise BadInputError("task: memory is estimated of a task, and the sweep names none")
-    return build_memory_plan(
-        config, accelerator, lambda configs: estimate_with_bar(task, configs), max_experiments
-    )
+    try:
+        memory_plan = build_memory_plan(
+            config, accelerator, lambda configs: estimate_with_bar(task, configs), max_experiments
+        )
+    except BadInputError:
+        _check_models(config, task, max_experiments)
+        raise
+    if not memory_plan.has_estimates:
+        _check_models(config, task, max_experiments)
+    return memory_plan
+
+
+def _check_models(config: SweepConfig, task_payload: bytes, max_experiments: int | None = None) -> int:
+    """Build each distinct model and return their number; a fault is told at the line that asks for it."""
+    from tune_easytrain.model_check import check_models
+
+    return check_models(config, task_payload, max_experiments)
 
 
 def _finish(results: SweepResults, as_json: bool) -> NoReturn:

@@ -1,14 +1,13 @@
 """What CUDA runs where other devices run something else, followed on `meta` tensors without any CUDA.
 
 Attention keeps a logsumexp instead of a matrix, cuDNN's recurrent nets keep a reserve instead of every
-cell's intermediate values, dropout keeps a mask of bytes. Autocast is CUDA's too.
+cell's intermediate values, dropout keeps a mask of bytes, RMS norm a number per row. Autocast is CUDA's too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,25 +23,21 @@ from tune_easytrain.autocast_rules import (
     Autocast,
     overload,
 )
+from tune_easytrain.cudnn_recurrent import run_recurrent
 
 _KEY = "AutocastIPU"
 """A dispatch key above autograd that no build of torch uses any more; ours while a task is traced."""
 
 _LARGEST_FLASH_HEAD = 256
-_LSTM_GATES = 4
-_RESERVE_PER_UNIT = {1: 2, 3: 6, _LSTM_GATES: 5}
-_RECURRENT_SCRATCH_BYTES = 16 * 2**20
 
 
 @contextmanager
-def cuda_kernels(autocast: Autocast, *, fused_dropout: bool = True) -> Iterator[None]:
+def cuda_kernels(autocast: Autocast, device_type: str = "cuda") -> Iterator[None]:
     """Run operations on `meta` tensors as CUDA would, with `autocast`'s rules, inside the block.
 
-    Without `fused_dropout` dropout keeps what it multiplies by, as on a CPU.
+    With `device_type="cpu"` as a CPU would, in all but the rules of autocast.
     """
-    kernels = _kernels(autocast)
-    if not fused_dropout:
-        del kernels["dropout"]
+    kernels = _kernels(autocast) if device_type == "cuda" else _cpu_kernels(autocast)
     key: Any = torch._C._parse_dispatch_key(_KEY)
     key_set = torch._C.DispatchKeySet(key)
     new_library: Any = torch.library.Library
@@ -127,10 +122,59 @@ def _attention(
             *tensors, mask, needs_gradient, dropout_p, is_causal, scale=scale
         )[0]
         return result
-    plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return plain
+    dropped = partial(_dropout, p=dropout_p, train=True)
+    return _plain_attention(query, key, value, attn_mask, dropped, is_causal, scale)
+
+
+def _attention_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Keep no matrix where nothing is dropped; with dropout there is the plain formula alone."""
+    if dropout_p == 0.0:
+        return _attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    dropped = partial(torch.ops.aten.dropout.default, p=dropout_p, train=True)
+    return _plain_attention(query, key, value, attn_mask, dropped, is_causal, scale)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropped: Callable[[Tensor], Tensor],
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Keep the whole matrix, as `_scaled_dot_product_attention_math` does where no mode watches it.
+
+    Under a mode such as the recorder's it adds the mask to a copy.
+    """
+    dtype, half = query.dtype, (scale or query.shape[-1] ** -0.5) ** 0.5
+    backends: Any = torch.backends.cuda
+    if dtype in (torch.float16, torch.bfloat16) and not backends.fp16_bf16_reduction_math_sdp_allowed():
+        query, key, value = query.float(), key.float(), value.float()
+    if query.dim() == 4 and key.shape[1] != query.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    if is_causal:
+        attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+    scores = torch.matmul(query * half, key.transpose(-2, -1) * half)
+    if attn_mask is not None:
+        scores.add_(attn_mask)
+    weights = dropped(torch.ops.aten._safe_softmax.default(scores, -1))
+    del scores
+    return torch.matmul(weights, value).to(dtype)
 
 
 def _pad_head(tensor: Tensor, multiple: int) -> Tensor:
@@ -148,101 +192,50 @@ def _aligned_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-class _RecurrentNet(torch.autograd.Function):
-    """A recurrent net as cuDNN runs it: one operation that keeps a reserve for its backward pass."""
+class _FusedRmsNorm(torch.autograd.Function):
+    """RMS norm in one kernel: for the backward pass it keeps its input and a number per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, net: RecurrentNet, inputs: Tensor, hidden: Tensor, cell: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        rows = inputs.numel() // inputs.shape[-1]
-        output = inputs.new_empty((*inputs.shape[:-1], hidden.shape[-1] * net.num_directions))
-        reserve = inputs.new_empty(net.reserve_elements(rows)) if net.train else inputs.new_empty(0)
-        net.take_scratch(inputs, parameters)
-        ctx.net = net
-        ctx.save_for_backward(inputs, hidden, cell, output, reserve, *parameters)
-        return output, torch.empty_like(hidden), None if cell is None else torch.empty_like(cell)
+    def forward(ctx: Any, inputs: Tensor, num_dims: int, weight: Tensor | None) -> Tensor:
+        rows = (*inputs.shape[:-num_dims], *[1] * num_dims)
+        ctx.save_for_backward(inputs, weight, inputs.new_empty(rows, dtype=torch.float32))
+        return torch.empty_like(inputs, memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        inputs, hidden, cell, _, _, *parameters = ctx.saved_tensors
-        sizes = [parameter.numel() for parameter in parameters]
-        gradient, parts = torch.empty_like(inputs), inputs.new_empty(sum(sizes)).split(sizes)
-        ctx.net.take_scratch(inputs, parameters)
-        return (
-            None,
-            gradient,
-            torch.empty_like(hidden),
-            None if cell is None else torch.empty_like(cell),
-            *(part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)),
-        )
+        inputs, weight, _ = ctx.saved_tensors
+        return torch.empty_like(inputs), None, None if weight is None else torch.empty_like(weight)
 
 
-@dataclass(frozen=True, slots=True)
-class RecurrentNet:
-    """What cuDNN's memory for a recurrent net depends on, besides its inputs."""
-
-    num_gates: int
-    hidden_size: int
-    num_layers: int
-    num_directions: int
-    dropout: float
-    train: bool
-
-    def reserve_elements(self, rows: int) -> int:
-        """Return what backward needs: gates and states of every step, dropped outputs between layers.
-
-        `rows` counts time steps times samples. Measured with cuDNN 9: LSTM 5, GRU 6 numbers per hidden unit.
-        """
-        width = self.hidden_size * self.num_directions
-        kept = _RESERVE_PER_UNIT[self.num_gates] * self.num_layers
-        return rows * width * (kept + (self.num_layers - 1 if self.dropout else 0))
-
-    def take_scratch(self, inputs: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Take and give back what a pass needs while it runs: all layers' gates, and the weights again."""
-        rows = inputs.numel() // inputs.shape[-1]
-        gates = 4 * rows * self.hidden_size * self.num_directions * self.num_layers
-        fixed = _RECURRENT_SCRATCH_BYTES * self.num_directions // inputs.element_size()
-        inputs.new_empty(gates + sum(parameter.numel() for parameter in parameters) + fixed)
+def _rms_norm(
+    inputs: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Run the fused kernel, which wants one format of numbers, or the plain formula."""
+    if weight is None or weight.dtype == inputs.dtype:
+        normed: Tensor = _FusedRmsNorm.apply(inputs, len(normalized_shape), weight)
+        return normed
+    plain: Tensor = torch.ops.aten.rms_norm.default(inputs, normalized_shape, weight, eps)
+    return plain
 
 
-def _recurrent(num_gates: int, autocast: Autocast, *args: Any) -> Any:
-    """Run `lstm.input`, `gru.data` and their like; sequences come padded or packed."""
-    is_packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
-    inputs, (hx, parameters, _, num_layers, dropout, train, bidirectional) = (
-        args[0],
-        args[2:9] if is_packed else args[1:8],
-    )
-    hidden, cell = hx if num_gates == _LSTM_GATES else (hx, None)
-    hidden_size = hidden.shape[-1] if cell is None else cell.shape[-1]  # an LSTM's outputs may be projected
-    batch_first = not is_packed and args[8]
-    if autocast.dtype is not None:  # cuDNN's own rule: always fp16
-        inputs, hidden = inputs.to(torch.float16), hidden.to(torch.float16)
-        cell = None if cell is None else cell.to(torch.float16)
-        parameters = [parameter.to(torch.float16) for parameter in parameters]
-    if batch_first:
-        inputs = inputs.transpose(0, 1)
-    net = RecurrentNet(
-        num_gates=num_gates,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_directions=2 if bidirectional else 1,
-        dropout=dropout,
-        train=train and torch.is_grad_enabled(),
-    )
-    output, *last = _RecurrentNet.apply(net, inputs, hidden, cell, *parameters)
-    if batch_first:
-        output = output.transpose(0, 1)
-    return (output, *last) if cell is not None else (output, last[0])
+def _cpu_kernels(autocast: Autocast) -> dict[str, Callable[..., Any]]:
+    """Return the operations that a CPU runs otherwise than `meta` does."""
+    recurrent = partial(run_recurrent, "lstm_on_cpu", autocast)
+    return {
+        "scaled_dot_product_attention": _attention_on_cpu,
+        "lstm.input": recurrent,
+        "lstm.data": recurrent,
+    }
 
 
 def _kernels(autocast: Autocast) -> dict[str, Callable[..., Any]]:
     """Return the operations that CUDA runs otherwise than `meta` does."""
     kernels: dict[str, Callable[..., Any]] = {
         "dropout": _dropout,
+        "rms_norm": _rms_norm,
         "scaled_dot_product_attention": _attention,
     }
-    for kind, num_gates in (("lstm", _LSTM_GATES), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for form in ("input", "data"):
-            kernels[f"{kind}.{form}"] = partial(_recurrent, num_gates, autocast)
+            kernels[f"{kind}.{form}"] = partial(run_recurrent, kind, autocast)
     return kernels

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.errors import require_one_of
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import ProbeResult, Search, SearchPlan, begins_with_estimate, find_largest
 from tune_easytrain.protocol import Opening
@@ -45,13 +46,16 @@ def find_microbatch(
         precision: number format of the forward passes.
 
     Raises:
-        ValueError: `limit` or `start` is below one.
+        ValueError: an argument is none of the names there are, or no integer of at least one.
         NotEnoughMemoryError: not even one sample fits.
         Exception: whatever the task's own code raises, with its type.
     """
     for name, value in (("limit", limit), ("start", start), ("budget_bytes", budget_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    require_one_of("search", search, get_args(Search))
+    require_one_of("device", device or "cpu", ("cuda", "cpu"))
+    require_one_of("precision", precision, ("fp32", "bf16"))
     with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:
         children = TrialChildren(
             Opening(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ from tune_easytrain.protocol import (
     Report,
     TrainRequest,
 )
-from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.random_state import kept_random_state, seed_everything
 from tune_easytrain.signature import task_signature
 from tune_easytrain.task import Task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
+from tune_easytrain.worst_case import with_known_worst_case
 
 _CLEAN_TOLERANCE = 0.5
 """Share of the headroom that libraries may keep after an attempt (workspaces, handles, caches of kernels) in
@@ -52,8 +55,10 @@ class DeviceSession:
         self._settings = opening.settings
         torch.set_num_threads(opening.num_threads)
         self._device = _choose_device(opening.device)
-        self._task = _build_task(opening)
-        self._num_train_samples = self._count_train_samples()
+        self._task = self._probed_task = _build_task(opening)
+        self._num_train_samples: int | None = None
+        if self._task is not None:
+            self._probed_task, self._task = self._open_data(self._task)
         # What building the model imports is not to count against a cap on the CPU: signing builds it before.
         self._signature = self._sign()
         self._is_near_edge = False
@@ -79,12 +84,12 @@ class DeviceSession:
 
     def attempt(self, microbatch_size: int) -> AttemptReply:
         """Try one micro-batch size; bugs in the task are raised as they are."""
-        assert self._task is not None, "an attempt needs a task"
+        assert self._probed_task is not None, "an attempt needs a task"
         headroom = headroom_bytes(self.budget_bytes)
         self.memory.cap(self.budget_bytes - headroom)
         used_before = self.memory.used_bytes()
         attempt: Attempt = run_attempt(
-            self._task,
+            self._probed_task,
             microbatch_size,
             device=self._device,
             memory=self.memory,
@@ -137,25 +142,35 @@ class DeviceSession:
             effective = min(effective, self._num_train_samples)
         return BatchPlan.build(effective, min(microbatch_limit, effective))
 
-    def _count_train_samples(self) -> int | None:
-        if self._task is None:
-            return None
+    def _open_data(self, task: Task) -> tuple[Task, Task]:
+        """Open the data before the memory that it takes on a CPU could count against the cap.
+
+        Return the task to probe, which keeps one sample of it, and the task to train, which opens no data
+        set a second time. No sample is read of those it trains on: loader processes are to open files
+        of their own.
+        """
+        seed = self._settings.seed
+        probed = task = replace(task, train_data=_opened_checked(task.train_data))
         with kept_random_state():
-            data: Any = self._task.train_data()
-        if not hasattr(data, "__len__"):
-            raise TaskError(
-                f"train_data() returned a {type(data).__name__} without a length; give a map-style Dataset"
+            if self._settings.probe != "off":
+                probed = with_known_worst_case(task)
+            task = replace(
+                task,
+                train_data=_opened_once(task.train_data, seed),
+                val_data=None if task.val_data is None else _opened_once(task.val_data, seed),
             )
-        if len(data) == 0:
-            raise TaskError("train_data() returned a data set without a single sample")
-        return len(data)
+            training_set: Any = task.train_data()
+            self._num_train_samples = len(training_set)
+            if self._device.type == "cpu" and task.val_data is not None:
+                task.val_data()
+        return probed, task
 
     def _sign(self) -> str:
         is_first = self._opening.budget_bytes is None
         is_needed = (self._opening.is_shared and is_first) or self._device.type == "cpu"
-        if self._task is None or self._settings.probe == "off" or not is_needed:
+        if self._probed_task is None or self._settings.probe == "off" or not is_needed:
             return ""
-        return task_signature(self._task, self._opening, self._device)
+        return task_signature(self._probed_task, self._opening, self._device)
 
     def _metric_names(self) -> tuple[str, ...] | None:
         if self._opening.function_payload is not None or self._task is None:
@@ -198,7 +213,7 @@ def estimate(opening: Opening) -> MemoryEstimate | EstimateError:
     try:
         task = _build_task(opening)
         if task is None:
-            return EstimateError("no estimate: the trial has no task")
+            return EstimateError("the trial has no task")
         settings = opening.settings
         return estimate_task(
             task,
@@ -229,6 +244,34 @@ def _choose_device(name: str) -> torch.device:
             "check the driver and that torch was built for CUDA"
         )
     return device
+
+
+def _opened_once(open_data: Callable[[], Any], seed: int) -> Callable[[], Any]:
+    """Return a function that opens a data set when it is first called, with the random state of `seed`."""
+
+    @functools.cache
+    def data() -> Any:
+        with kept_random_state():
+            seed_everything(seed)
+            return open_data()
+
+    return data
+
+
+def _opened_checked(open_data: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that opens a training set, and refuses one that cannot be trained on."""
+
+    def data() -> Any:
+        data = open_data()
+        if not hasattr(data, "__len__"):
+            raise TaskError(
+                f"train_data() returned a {type(data).__name__} without a length; give a map-style Dataset"
+            )
+        if len(data) == 0:
+            raise TaskError("train_data() returned a data set without a single sample")
+        return data
+
+    return data
 
 
 def _build_task(opening: Opening) -> Task | None:

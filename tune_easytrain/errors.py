@@ -21,6 +21,13 @@ def did_you_mean(value: object, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}"
 
 
+def require_one_of(name: str, value: object, valid: Iterable[str]) -> None:
+    """Raise ValueError, with the names there are, unless an argument's value is one of them."""
+    names = list(valid)
+    if value not in names:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, names))}")
+
+
 class TuneEasyTrainError(Exception):
     """Base of every error this package raises on purpose."""
 
@@ -99,7 +106,14 @@ class MetricError(BadInputError):
 
 
 class EstimateError(TuneEasyTrainError):
-    """The memory of a task cannot be estimated; the text begins with "no estimate" and says why."""
+    """The memory of a task cannot be estimated, for the `reason` given."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no estimate: {self.reason}"
 
 
 class NotEnoughMemoryError(TuneEasyTrainError):

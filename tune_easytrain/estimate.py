@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tune_easytrain.autocast_rules import Autocast
 from tune_easytrain.cuda_kernels import cuda_kernels
 from tune_easytrain.cuda_optimizers import choose_foreach, cuda_optimizers
-from tune_easytrain.errors import EstimateError
+from tune_easytrain.errors import BadInputError, EstimateError, require_one_of
 from tune_easytrain.kernel_scratch import FIXED_BYTES, cuda_scratch
 from tune_easytrain.known_values import ConstantsFromHost
 from tune_easytrain.memory_estimate import MemoryEstimate, PhaseEstimate, Segment
@@ -30,7 +30,7 @@ from tune_easytrain.random_state import kept_random_state
 from tune_easytrain.rescue import StateSnapshot
 from tune_easytrain.task import Batch, BuildTask, Task
 from tune_easytrain.timeline import MemoryRecorder, Timeline, UnknownValueError, join_peaks, join_timelines
-from tune_easytrain.worst_case import worst_case_batch
+from tune_easytrain.worst_case import with_known_worst_case, worst_case_batch
 
 EstimatePrecision = Literal["fp32", "bf16", "fp16"]
 
@@ -61,12 +61,14 @@ def estimate_memory(
         clip_norm: largest gradient norm, None: no clipping.
 
     Raises:
+        ValueError: `precision` or `device` is none of those there are.
+        BadInputError: the task says that it was asked for something it does not have.
         EstimateError: training the task cannot be traced; it says why and where.
     """
-    try:
+    require_one_of("precision", precision, _DTYPES)
+    require_one_of("device", device, ("cuda", "cpu"))
+    with _told_as_no_estimate():
         task = build_task(config)
-    except Exception as error:
-        raise _no_estimate(error) from error
     return estimate_task(task, precision=precision, device=device, clip_norm=clip_norm)
 
 
@@ -81,10 +83,8 @@ def estimate_task(
     collects_garbage = gc.isenabled()
     gc.disable()  # a collection would free what a model holds in cycles at another moment in each trace
     try:
-        with kept_random_state():
-            return _Tracer(task, precision, device, clip_norm).estimate()
-    except Exception as error:
-        raise _no_estimate(error) from error
+        with kept_random_state(), _told_as_no_estimate():
+            return _Tracer(with_known_worst_case(task), precision, device, clip_norm).estimate()
     finally:
         if collects_garbage:
             gc.enable()
@@ -114,7 +114,7 @@ class _Tracer:
         with (
             self._recorder,
             ConstantsFromHost(),
-            cuda_kernels(self._autocast, fused_dropout=self._device_type == "cuda"),
+            cuda_kernels(self._autocast, self._device_type),
             self._autocast.stands_in_for_torch(),
             cuda_optimizers(),
         ):
@@ -249,8 +249,15 @@ class _Tracer:
             yield Segment(None if sizes[1] == _LADDER[-1] else sizes[1], phases)
 
 
-def _no_estimate(error: Exception) -> EstimateError:
-    return EstimateError(f"no estimate: {_reason(error)}")
+@contextmanager
+def _told_as_no_estimate() -> Iterator[None]:
+    """Raise what goes wrong inside as an EstimateError, except what the task says about its own input."""
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        raise EstimateError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

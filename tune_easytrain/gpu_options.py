@@ -8,6 +8,9 @@ from tune_easytrain.accelerators import Accelerator, find_accelerator
 from tune_easytrain.errors import BadInputError
 from tune_easytrain.sections import parse_bytes
 
+_SMALLEST_BARE_NUMBER = 2**20
+"""A smaller number without a unit was hardly meant as bytes: no GPU has less."""
+
 
 def chosen_accelerator(device: str | None, memory: str | None) -> Accelerator | None:
     """Return the GPU of that name, or one of that size; None where neither is given.
@@ -26,6 +29,8 @@ def chosen_accelerator(device: str | None, memory: str | None) -> Accelerator | 
 
 
 def _parse_size(text: str) -> int:
+    if text.isdecimal() and int(text) < _SMALLEST_BARE_NUMBER:
+        raise BadInputError(f"--memory: {text!r} would be bytes; write the unit, such as {text}GiB")
     try:
         return parse_bytes(int(text) if text.isdecimal() else text)
     except PydanticCustomError as error:

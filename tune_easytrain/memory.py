@@ -216,7 +216,8 @@ class CpuMemory:
     """The memory of this process on a CPU, capped by RLIMIT_DATA.
 
     The cap counts private writable mappings (VmData); the peak is resident memory above what the process
-    held when the meter was made, since the kernel keeps no peak of VmData.
+    held when the meter was made, since the kernel keeps no peak of VmData. Pages of files are not counted:
+    libraries' code is read in as it is first run, and the kernel can drop it again.
     """
 
     measures_tensors = False
@@ -224,7 +225,7 @@ class CpuMemory:
     def __init__(self) -> None:
         # Threads' stacks count as data: have torch start its threads first.
         torch.ones(1 << 20).sum()
-        self._baseline_resident_bytes = _status_bytes("VmRSS")
+        self._baseline_resident_bytes = _status_bytes("VmRSS") - _status_bytes("RssFile")
         self._baseline_data_bytes = _status_bytes("VmData")
         self._hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
 
@@ -249,11 +250,14 @@ class CpuMemory:
 
     def peak_bytes(self) -> int:
         """Return the high-water mark of resident memory above the baseline."""
-        return max(0, _status_bytes("VmHWM") - self._baseline_resident_bytes)
+        return self._above_baseline("VmHWM")
 
     def used_bytes(self) -> int:
         """Return the resident memory above the baseline."""
-        return max(0, _status_bytes("VmRSS") - self._baseline_resident_bytes)
+        return self._above_baseline("VmRSS")
+
+    def _above_baseline(self, field: str) -> int:
+        return max(0, _status_bytes(field) - _status_bytes("RssFile") - self._baseline_resident_bytes)
 
     def num_retries(self) -> int:
         """Return 0: malloc keeps no such count."""

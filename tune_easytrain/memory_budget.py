@@ -7,7 +7,7 @@ from dataclasses import dataclass
 CUDA_RESERVE_BYTES = 256 * 2**20
 """Kept out of a GPU's budget: the context and library handles live outside torch's allocator."""
 
-_HEADROOM_FRACTION = 0.0075
+_HEADROOM_FRACTION = 0.009
 _HEADROOM_BYTES = 96 * 2**20
 _LARGEST_HEADROOM_FRACTION = 0.1
 

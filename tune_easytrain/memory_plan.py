@@ -10,8 +10,9 @@ from tune_easytrain.accelerators import Accelerator
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig
+from tune_easytrain.errors import EstimateError
 from tune_easytrain.grid import MODEL_KEY, Distribution
-from tune_easytrain.memory_budget import BudgetRequest
+from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import SearchPlan, largest_power_of_two
 from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
@@ -20,8 +21,8 @@ from tune_easytrain.settings import TrialSettings, given_batch_size
 UNLIMITED_SAMPLES = 4096
 """The largest micro-batch looked at where neither a batch size nor an effective batch size limits it."""
 
-EstimateAll = Callable[[Sequence[dict[str, Any]]], Sequence[MemoryEstimate | str]]
-"""Trials' configs to their estimates, in the same order; a string says why there is none."""
+EstimateAll = Callable[[Sequence[dict[str, Any]]], Sequence[MemoryEstimate | EstimateError]]
+"""Trials' configs to their estimates, in the same order; an error says why there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,18 @@ class TrialMemory:
         return search.estimated_size(limit)
 
     @property
+    def usable_bytes(self) -> int:
+        """What of the budget the trial's micro-batch may take: the probe leaves a headroom free."""
+        headroom = 0 if self.settings.probe == "off" else headroom_bytes(self.budget_bytes)
+        return self.budget_bytes - headroom
+
+    @property
     def fits(self) -> bool | None:
         """Whether the trial can train: with the probe off at the size given, otherwise at any size."""
         if self.estimate is None:
             return None
         if self.settings.probe == "off":
-            return self.estimate.peak_bytes(self.limit) <= self.budget_bytes
+            return self.estimate.peak_bytes(self.limit) <= self.usable_bytes
         return self.largest_fitting() != 0
 
     @property
@@ -160,6 +167,19 @@ class MemoryPlan:
             _fits_in_words(trial),
         ]
 
+    @property
+    def budget_note(self) -> str | None:
+        """A sentence about `batch.memory_budget` where that, and not the GPU, sets the budget."""
+        trial = self.trials[0]
+        if trial.settings.memory_budget_bytes != trial.budget_bytes:
+            return None
+        return f"batch.memory_budget allows each trial {format_bytes(trial.budget_bytes)} of it."
+
+    @property
+    def has_estimates(self) -> bool:
+        """Whether there is an estimate of every trial."""
+        return all(trial.error is None for trial in self.trials)
+
     def as_json(self) -> list[dict[str, Any]]:
         """Return what scripts get: one object per trial."""
         return [trial.as_json() for trial in self.trials]
@@ -168,7 +188,10 @@ class MemoryPlan:
         """Return what people should know besides the table: what does not fit, and what is not known."""
         total = format_bytes(self.accelerator.total_bytes)
         fitting = sum(trial.fits is True for trial in self.trials)
-        lines = [f"{fitting} of {len(self.trials)} trials fit on {self.accelerator.name} ({total})."]
+        fit = "trial fits" if len(self.trials) == 1 else "trials fit"
+        lines = [f"{fitting} of {len(self.trials)} {fit} on {self.accelerator.name} ({total})."]
+        if (note := self.budget_note) is not None:
+            lines.append(note)
         probed = [trial for trial in self.trials if trial.settings.probe != "off"]
         given = [trial for trial in self.trials if trial.settings.probe == "off"]
         lines += _listed("Not even one sample fits", map(_not_fitting, probed))
@@ -219,7 +242,7 @@ def build_memory_plan(
                 settings=settings,
                 budget_bytes=request.gpu_budget_bytes(accelerator.total_bytes),
                 estimate=estimate if isinstance(estimate, MemoryEstimate) else None,
-                error=None if isinstance(estimate, MemoryEstimate) else estimate,
+                error=estimate.reason if isinstance(estimate, EstimateError) else None,
             )
         )
     return MemoryPlan(accelerator, tuple(trials), drawn)
@@ -266,8 +289,10 @@ def _fits_in_words(trial: TrialMemory) -> str:
 def _not_fitting(trial: TrialMemory) -> str | None:
     if trial.fits is not False or trial.estimated_peak_bytes is None:
         return None
-    needed, budget = format_bytes(trial.estimated_peak_bytes), format_bytes(trial.budget_bytes)
-    return f"{trial.name}: needs {needed}, the budget is {budget}"
+    needed, usable = format_bytes(trial.estimated_peak_bytes), format_bytes(trial.usable_bytes)
+    budget = format_bytes(trial.budget_bytes)
+    free = "" if usable == budget else f" of which the probe uses {usable}"
+    return f"{trial.name}: needs {needed}, the budget is {budget}{free}"
 
 
 def _pair_too_large(trial: TrialMemory) -> str | None:

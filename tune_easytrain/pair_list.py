@@ -55,7 +55,8 @@ def pair_list(config: SweepConfig, plan: MemoryPlan, *, power_of_two: bool = Fal
             columns[key].append(value)
     if not columns[BATCH_SIZE_KEY]:
         raise NotEnoughMemoryError("\n".join(["--write-pairs: nothing fits", *left_out]))
-    return "\n".join(_lines(plan, columns, [*_pairing_note(config, columns), *left_out]))
+    notes = [*_budget_notes(config, plan), *_pairing_note(config, columns), *left_out]
+    return "\n".join(_lines(plan, columns, notes))
 
 
 def _group_without_batch_size(config: SweepConfig) -> tuple[str, ...]:
@@ -77,6 +78,17 @@ def _size_of_row(trials: list[TrialMemory]) -> tuple[int, str]:
             return 0, f"one sample needs {format_bytes(trial.estimate.peak_bytes(1))}"
         sizes.append(size)
     return min(sizes), ""
+
+
+def _budget_notes(config: SweepConfig, plan: MemoryPlan) -> list[str]:
+    """Return what these sizes hang on besides the GPU, and what hangs on them."""
+    notes = [] if plan.budget_note is None else [plan.budget_note]
+    if config.batch.effective_batch_size is None:
+        notes.append(
+            "batch.effective_batch_size is not set: each model would train at its own hp.batch_size; "
+            "set it to compare them at one"
+        )
+    return notes
 
 
 def _pairing_note(config: SweepConfig, columns: dict[str, list[Any]]) -> list[str]:

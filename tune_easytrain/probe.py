@@ -20,8 +20,16 @@ Search = Literal["confirm", "grow", "power_of_two"]
 MAX_ATTEMPTS = 5
 SMALLEST_GAIN = 0.10
 """The search ends when the next size would be less than this much larger than the best one known."""
-SMALLEST_CORRECTION = 0.04
+SMALLEST_CORRECTION = 0.05
 """The same for a size that the corrected estimate says will fit, unless it is but one sample more."""
+
+
+_SMALLER_BY = (0.04, 0.06)
+"""By which parts the next size is smaller after the first two failures of an estimate: at the edge it is
+often a single sample that is too many for a heap in pieces."""
+
+_MAPPED_OVER_RESIDENT = 1.05
+"""On a CPU the peak measured is resident memory, and the cap is on what is mapped, touched or not."""
 
 
 class Outcome(StrEnum):
@@ -155,8 +163,8 @@ def next_microbatch_size(
     """Return the size to try next, or None when the search is over.
 
     Between a size that fits and one that does not, the middle is next. While none fits, the next is smaller
-    by a tenth where there is an estimate, which is seldom far off, and by half where there is none or it
-    was; on the last try it is one sample.
+    by 4 %, then by 6 % where there is an estimate, which is seldom far off, and by half where there is none
+    or it was; on the last try it is one sample.
 
     Sources: 003_598cc72a09f11bbd.txt (grow: 19, 28, 42, 63; 19, 9, 14, 16; 19, 28, 23) and
     004_9e95472cdca4d1f3.txt (power_of_two).
@@ -182,7 +190,7 @@ def next_microbatch_size(
     if bad is not None:
         candidate = (good.microbatch_size + bad) // 2
     elif plan.search == "grow":
-        candidate = min(plan.limit, max(good.microbatch_size + 1, good.microbatch_size * 3 // 2))
+        candidate = min(plan.limit, _grown(good.microbatch_size))
     else:
         return _next_corrected(good, plan)
     gain = candidate - good.microbatch_size
@@ -191,6 +199,10 @@ def next_microbatch_size(
 
 def _size(attempt: Attempt) -> int:
     return attempt.microbatch_size
+
+
+def _grown(size: int) -> int:
+    return max(size + 1, size * 3 // 2)
 
 
 def _next_power_of_two(good: Attempt | None, bad: int | None, limit: int) -> int | None:
@@ -206,8 +218,9 @@ def _next_smaller(bad: int, num_attempts: int, max_attempts: int, plan: SearchPl
         return None
     if num_attempts == max_attempts - 1:
         return 1
-    if plan.estimate is not None and num_attempts == 1:
-        return max(1, min(bad * 9 // 10, plan.estimated_size(bad - 1, ratio=1 / 0.9)))
+    if plan.estimate is not None and num_attempts <= len(_SMALLER_BY):
+        by = _SMALLER_BY[num_attempts - 1]
+        return max(1, min(int(bad * (1 - by)), plan.estimated_size(bad - 1, ratio=1 / (1 - by))))
     return bad // 2
 
 
@@ -215,10 +228,13 @@ def _next_corrected(good: Attempt, plan: SearchPlan) -> int | None:
     """Return the larger size that the estimate allows once it is corrected by what was measured."""
     if plan.estimate is None or plan.start is not None or not good.peak_bytes:
         return None
-    if plan.estimate.device_type == "cpu":  # its peak is resident memory, its cap is on what is mapped
+    if good.outcome is Outcome.ALLOCATOR_RETRIED:  # whatever the peak says, there was no room left
         return None
-    ratio = good.peak_bytes / plan.estimate.peak_bytes(good.microbatch_size)
-    larger = plan.estimated_size(plan.limit, ratio=ratio)
+    ratio, most = good.peak_bytes / plan.estimate.peak_bytes(good.microbatch_size), plan.limit
+    if plan.estimate.device_type == "cpu":
+        ratio *= _MAPPED_OVER_RESIDENT
+        most = min(most, _grown(good.microbatch_size))
+    larger = plan.estimated_size(most, ratio=ratio)
     gain = larger - good.microbatch_size
     is_worth_it = gain >= max(2.0, SMALLEST_CORRECTION * good.microbatch_size)
     return larger if is_worth_it or gain >= max(1.0, SMALLEST_GAIN * good.microbatch_size) else None
@@ -236,11 +252,11 @@ def find_largest(attempt: Callable[[int], Attempt], plan: SearchPlan) -> ProbeRe
         logger.info("probe: %s", describe_attempt(attempts[-1], plan.budget_bytes))
     best = _best_size(attempts, plan)
     if best is None:
-        tried = "\n".join(f"  {describe_attempt(a, plan.budget_bytes)}" for a in attempts)
+        tried = [describe_attempt(attempt, plan.budget_bytes) for attempt in attempts]
         raise NotEnoughMemoryError(
-            f"not even one sample fits into {format_bytes(plan.budget_bytes)}: raise batch.memory_budget or "
-            "batch.memory_fraction, use a larger device, train.precision: bf16, a smaller input or a smaller "
-            f"model; tried:\n{tried}"
+            f"not even one sample fits into {format_bytes(plan.budget_bytes)} ({tried[-1]}): raise "
+            "batch.memory_budget or batch.memory_fraction, use a larger device, train.precision: bf16, a "
+            "smaller input or a smaller model\n" + "\n".join(f"  {line}" for line in tried)
         )
     return ProbeResult(best, tuple(attempts), plan.budget_bytes, _bound(attempts, best, plan))
 
@@ -266,10 +282,9 @@ def _bound(attempts: Sequence[Attempt], best: int, plan: SearchPlan) -> Bound:
 
 def describe_attempt(attempt: Attempt, budget_bytes: int) -> str:
     """Return one line for people: size, outcome, peak against budget, seconds."""
-    peak = "" if attempt.peak_bytes is None else f", peak {format_bytes(attempt.peak_bytes)}"
+    peak = ""
+    if attempt.peak_bytes is not None:
+        peak = f", peak {format_bytes(attempt.peak_bytes)} of {format_bytes(budget_bytes)}"
     why = f" ({attempt.message})" if attempt.message else ""
     outcome = attempt.outcome.value.replace("_", " ")
-    return (
-        f"micro-batch {attempt.microbatch_size}: {outcome}{why}{peak} "
-        f"of {format_bytes(budget_bytes)}, {attempt.seconds:.1f} s"
-    )
+    return f"micro-batch {attempt.microbatch_size}: {outcome}{why}{peak}, {attempt.seconds:.1f} s"

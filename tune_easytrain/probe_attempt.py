@@ -20,6 +20,7 @@ from tune_easytrain.task import Batch, Task
 from tune_easytrain.worst_case import worst_case_batch
 
 _TINY_SIZE = 2  # BatchNorm refuses a single value per channel
+_EVALUATED_PART = 8
 
 
 def run_attempt(
@@ -116,17 +117,20 @@ class _Exercise:
         self.sizes_run.append(count_samples(window[-1]))
 
     def _evaluation_is_small(self) -> bool:
-        """Whether a quarter of the micro-batch shows that evaluating all of it needs less than training it.
+        """Whether an eighth of the micro-batch shows that evaluating all of it needs less than training it.
 
-        Memory is `a + b × m` with an `a` of at least 0, and so at most four times that of a quarter. It saves
-        most of what evaluation costs here; where it does not settle the matter, all of it is evaluated.
+        Above what is resident, memory is `a + b × m` with an `a` of at least 0, and so at most eight times
+        that of an eighth. It saves most of what evaluation costs here; where it does not settle the matter,
+        all of it is evaluated.
         """
-        quarter = -(-self._microbatch_size // 4)
-        if not self._memory.measures_tensors or quarter < _TINY_SIZE:
+        part = -(-self._microbatch_size // _EVALUATED_PART)
+        if not self._memory.measures_tensors or part < _TINY_SIZE:
             return False
         self._memory.reset_peak()
-        self._evaluate(self._batch(quarter))
-        return 4 * self._memory.peak_bytes() <= self.training_peak_bytes
+        resident_bytes = self._memory.used_bytes()
+        self._evaluate(self._batch(part))
+        taken_bytes = self._memory.peak_bytes() - resident_bytes
+        return resident_bytes + _EVALUATED_PART * taken_bytes <= self.training_peak_bytes
 
     def _evaluate(self, batch: Batch) -> None:
         self._model.eval()

@@ -134,7 +134,7 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if self._assumed is not None:
             return self._assumed
-        raise UnknownValueError("it goes on according to a number that only the device will know")
+        raise UnknownValueError("what it does next hangs on a number that only the device will know")
 
     def _to_host(self, tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         values = self._known.of(tensor)

@@ -37,9 +37,9 @@ class TrialChildren:
         try:
             reply: MemoryEstimate | EstimateError = child.receive(timeout_seconds)
         except TimeoutError:
-            reply = EstimateError(f"no estimate: tracing the task took more than {timeout_seconds:g} s")
+            reply = EstimateError(f"tracing the task took more than {timeout_seconds:g} s")
         except ChildDiedError as error:
-            reply = EstimateError(f"no estimate: {error}")
+            reply = EstimateError(str(error))
         finally:
             child.kill()
         return reply

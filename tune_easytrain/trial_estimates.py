@@ -21,7 +21,7 @@ from tune_easytrain.child_process import (
     main_module_hidden,
     slow_modules_in_use,
 )
-from tune_easytrain.errors import TuneEasyTrainError
+from tune_easytrain.errors import EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
 
 _MOST_PROCESSES = 8  # each holds torch and the traces of one model: about 1 GB
@@ -34,7 +34,7 @@ def estimate_trials(
     task_payload: bytes,
     configs: Sequence[dict[str, Any]],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[MemoryEstimate | str]:
+) -> list[MemoryEstimate | EstimateError]:
     """Return the estimate of every trial on a GPU, or why there is none.
 
     Trials that differ in learning rate and batch sizes alone are estimated once. No device is touched.
@@ -43,13 +43,16 @@ def estimate_trials(
         task_payload: the pickled `build_task`.
         configs: the trials' nested configs, `train` section included.
         on_progress: takes the number of distinct trials done, and of all of them.
+
+    Raises:
+        BadInputError: a task says that it was asked for something it does not have.
     """
     keys = [estimate_key(config) for config in configs]
     distinct = dict(zip(keys, configs, strict=True))
     num_processes = min(len(distinct), len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     context = forkserver_context((*slow_modules_in_use(), "torchvision"))
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin_worker)
-    estimates: dict[str, MemoryEstimate | str] = {}
+    estimates: dict[str, MemoryEstimate | EstimateError] = {}
     try:
         with main_module_hidden():  # submitting starts the processes
             futures = {pool.submit(_estimate, task_payload, config): key for key, config in distinct.items()}
@@ -62,7 +65,9 @@ def estimate_trials(
     return [estimates[key] for key in keys]
 
 
-def estimate_with_bar(task_payload: bytes, configs: Sequence[dict[str, Any]]) -> list[MemoryEstimate | str]:
+def estimate_with_bar(
+    task_payload: bytes, configs: Sequence[dict[str, Any]]
+) -> list[MemoryEstimate | EstimateError]:
     """Return what `estimate_trials` does, and show on a terminal's standard error how far it is."""
     console = Console(stderr=True)
     columns = (TextColumn("estimating memory"), BarColumn(), MofNCompleteColumn())
@@ -95,7 +100,7 @@ def _begin_worker() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
-def _estimate(task_payload: bytes, config: dict[str, Any]) -> MemoryEstimate | str:
+def _estimate(task_payload: bytes, config: dict[str, Any]) -> MemoryEstimate | EstimateError:
     import torch
 
     from tune_easytrain.estimate import estimate_memory
@@ -109,18 +114,14 @@ def _estimate(task_payload: bytes, config: dict[str, Any]) -> MemoryEstimate | s
             precision=train["precision"],
             clip_norm=train["clip_norm"],
         )
-    except Exception as error:  # noqa: BLE001 -- whatever the task's code raises is why there is no estimate
-        return _reason(error)
+    except EstimateError as error:
+        return error
 
 
-def _result(future: Future[MemoryEstimate | str]) -> MemoryEstimate | str:
+def _result(future: Future[MemoryEstimate | EstimateError]) -> MemoryEstimate | EstimateError:
     try:
         return future.result()
     except BrokenProcessPool:
-        return "a process that traced the models was killed, as the kernel does when memory runs out"
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0].removeprefix("no estimate: ") if lines else ""
-    return text if isinstance(error, TuneEasyTrainError) and text else f"{type(error).__name__}: {text}"
+        return EstimateError(
+            "a process that traced the models was killed, as the kernel does when memory runs out"
+        )

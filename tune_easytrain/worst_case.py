@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +30,27 @@ def worst_case_batch(task: Task, num_samples: int, device: torch.device | None =
     return move_batch(task.worst_case(num_samples), device)
 
 
+def with_known_worst_case(task: Task) -> Task:
+    """Return the task with only the sample that its worst case repeats as training set, read now.
+
+    Its batches can be made again and again without the data set. A task that has a worst case of its own
+    stays as it is.
+    """
+    if task.worst_case is not None:
+        return task
+    samples: Any = [_largest_sample(task)]
+    return replace(task, train_data=lambda: samples)
+
+
 def _repeated_sample(task: Task, num_samples: int) -> Batch:
-    data: Any = task.train_data()
-    looked_at = [data[index] for index in range(min(len(data), _NUM_SAMPLES_LOOKED_AT))]
-    largest = max(looked_at, key=_num_elements)
     collate = task.collate or default_collate
-    return collate([largest] * num_samples)
+    return collate([_largest_sample(task)] * num_samples)
+
+
+def _largest_sample(task: Task) -> Any:
+    data: Any = task.train_data()
+    looked_at = (data[index] for index in range(min(len(data), _NUM_SAMPLES_LOOKED_AT)))
+    return max(looked_at, key=_num_elements)
 
 
 def _num_elements(sample: Any) -> int:

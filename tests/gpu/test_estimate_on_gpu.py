@@ -102,4 +102,4 @@ def test_the_probe_confirms_the_estimate(kind: str, precision: Precision) -> Non
     larger = max(result.microbatch_size + 2, int(result.microbatch_size / 0.95) + 1)
     first, *_ = find(kind, precision, limit=larger, start=larger).attempts
     assert first.microbatch_size == larger
-    assert first.outcome is Outcome.OUT_OF_MEMORY
+    assert first.outcome is not Outcome.FITS  # at best the allocator had to flush its cache

@@ -47,7 +47,7 @@ def test_the_probe_finds_what_fits_into_the_budget(search, start, num_failures):
     outcomes = {a.microbatch_size: a.outcome for a in result.attempts}
     assert outcomes[result.microbatch_size] is Outcome.FITS
     assert list(outcomes.values()).count(Outcome.OUT_OF_MEMORY) >= num_failures
-    assert len(outcomes) == 1 or num_failures
+    assert len(outcomes) <= 2 or num_failures  # so small a net does not use what cuBLAS may take
     assert result.microbatch_size * toys.BYTES_PER_SAMPLE < BUDGET_BYTES
     assert all(a.peak_bytes <= BUDGET_BYTES for a in result.attempts)
 

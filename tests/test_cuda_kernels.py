@@ -176,6 +176,16 @@ def test_attention_with_its_matrix_keeps_that_once_and_scores_masked_in_place() 
     assert 2 * matrix <= most < 2.8 * matrix  # scores and their softmax, no third one for the mask
 
 
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_a_mask_whose_rows_lie_apart_is_added_to_a_matrix(has_rows: bool) -> None:
+    query = heads(256)
+    shape = (1, NUM_HEADS, 256, 256) if has_rows else (1, 256, 256, NUM_HEADS)
+    bias = torch.empty(*shape, device="meta", requires_grad=True)
+    mask = bias if has_rows else bias.permute(0, 3, 1, 2)
+    kept = kept_bytes(lambda: functional.scaled_dot_product_attention(query, query, query, attn_mask=mask))
+    assert (kept > 4 * NUM_SAMPLES * NUM_HEADS * 256 * 256) is not has_rows
+
+
 @pytest.mark.parametrize(("dropout_p", "has_matrix"), [(0.0, False), (0.1, True)])
 def test_attention_on_a_cpu_has_a_matrix_where_something_is_dropped(
     dropout_p: float, has_matrix: bool

@@ -99,7 +99,10 @@ def _attention(
 ) -> Tensor:
     """Choose as sdp_utils.cpp does from Ampere on: flash, memory-efficient, else the plain formula."""
     tensors, backends = (query, key, value), torch.backends.cuda
-    is_dense = all(tensor.dim() == 4 for tensor in tensors)
+    is_dense = (
+        all(tensor.dim() == 4 for tensor in tensors) and query.shape[0] == key.shape[0] == value.shape[0]
+    )
+    is_dense = is_dense and all(tensor.stride(-1) == 1 for tensor in tensors)
     same_heads = query.shape[1] == key.shape[1] == value.shape[1] if is_dense else False
     head = query.shape[-1]
     if (
@@ -115,7 +118,8 @@ def _attention(
             *padded, dropout_p, is_causal, False, scale=scale or head**-0.5
         )[0]
         return output[..., :head]
-    if is_dense and same_heads and backends.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
+    has_rows = attn_mask is None or attn_mask.stride(-1) == 1  # not so where heads were its last dimension
+    if is_dense and same_heads and has_rows and backends.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
         mask = None if attn_mask is None else _aligned_mask(attn_mask, query, key)
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         result: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention.default(

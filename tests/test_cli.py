@@ -168,6 +168,7 @@ def test_a_gpu_on_which_nothing_fits_has_no_pair_list(ask: Ask, toy_sweep: Path)
         (["--device", "A100"], "'A100 80GB' or 'A100 40GB'"),
         (["--device", "H1O0"], "did you mean 'H100 80GB'"),
         (["--memory", "24 gigs"], "--memory: '24 gigs' is not a size; write a size such as 24GiB"),
+        (["--memory", "0"], "--memory: 0 is less than one byte"),
         (["--memory", "24"], "--memory: '24' would be bytes; write the unit, such as 24GiB"),
         (["--write-pairs"], "add --device 'H100 80GB' or --memory 24GiB"),
         (["--device", "H100", "--power-of-two"], "add --write-pairs"),

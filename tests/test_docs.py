@@ -496,6 +496,21 @@ def test_the_gpus_are_the_codes() -> None:
     assert rows == [[gpu.name, f"{gpu.total_bytes / 2**30:.1f} GiB"] for gpu in ACCELERATORS]
 
 
+def test_the_table_of_finders_is_what_was_measured() -> None:
+    lines = (ROOT / "benchmarks/find_microbatch_h100.jsonl").read_text().splitlines()
+    cases = {(row["precision"], row["model"], row["method"]): row for row in map(json.loads, lines)}
+    others = ("lightning_binsearch", "lightning_power", "accelerate")
+    rows = table_below("docs/memory.md", "## Against other finders")
+    assert {(precision, model) for model, precision, *_ in rows} == {case[:2] for case in cases}
+    for model, precision, *cells in rows:
+        ours, truth, *finders = (cases.get((precision, model, name)) for name in ("ours", "truth", *others))
+        assert ours is not None
+        assert truth is not None
+        found = [ours["microbatch_size"], truth["microbatch_size"], f"{ours['gpu_seconds']:.1f}"]
+        told = [f"{row['microbatch_size']} in {row['gpu_seconds']:.0f} s" if row else "–" for row in finders]
+        assert cells == [*map(str, found), *told], (model, precision)
+
+
 def test_the_keys_of_a_planned_trial_are_the_codes() -> None:
     (trial,) = make_plan(make_sweep(["small"])).trials
     assert [code(key) for key, _ in table_below("docs/memory.md", "## For scripts")] == list(trial.as_json())

@@ -87,6 +87,7 @@ def _dropout(inputs: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _attention(
+    device_type: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -97,16 +98,20 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Choose as sdp_utils.cpp does from Ampere on: flash, memory-efficient, else the plain formula."""
+    """Choose as sdp_utils.cpp does from Ampere on: flash, memory-efficient, else the plain formula.
+
+    On a CPU what drops something is the plain formula; its fused kernel keeps as little as CUDA's.
+    """
     tensors, backends = (query, key, value), torch.backends.cuda
-    is_dense = (
-        all(tensor.dim() == 4 for tensor in tensors) and query.shape[0] == key.shape[0] == value.shape[0]
+    can_fuse = (
+        (device_type == "cuda" or dropout_p == 0.0)
+        and all(tensor.dim() == 4 and tensor.stride(-1) == 1 for tensor in tensors)
+        and query.shape[0] == key.shape[0] == value.shape[0]
     )
-    is_dense = is_dense and all(tensor.stride(-1) == 1 for tensor in tensors)
-    same_heads = query.shape[1] == key.shape[1] == value.shape[1] if is_dense else False
+    same_heads = can_fuse and query.shape[1] == key.shape[1] == value.shape[1]
     head = query.shape[-1]
     if (
-        is_dense
+        can_fuse
         and attn_mask is None
         and query.dtype in (torch.float16, torch.bfloat16)
         and head == key.shape[-1] == value.shape[-1] <= _LARGEST_FLASH_HEAD
@@ -119,35 +124,15 @@ def _attention(
         )[0]
         return output[..., :head]
     has_rows = attn_mask is None or attn_mask.stride(-1) == 1  # not so where heads were its last dimension
-    if is_dense and same_heads and has_rows and backends.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
+    if same_heads and has_rows and backends.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
         mask = None if attn_mask is None else _aligned_mask(attn_mask, query, key)
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         result: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention.default(
             *tensors, mask, needs_gradient, dropout_p, is_causal, scale=scale
         )[0]
         return result
-    dropped = partial(_dropout, p=dropout_p, train=True)
-    return _plain_attention(query, key, value, attn_mask, dropped, is_causal, scale)
-
-
-def _attention_on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Keep no matrix where nothing is dropped; with dropout there is the plain formula alone."""
-    if dropout_p == 0.0:
-        return _attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    dropped = partial(torch.ops.aten.dropout.default, p=dropout_p, train=True)
-    return _plain_attention(query, key, value, attn_mask, dropped, is_causal, scale)
+    dropout = _dropout if device_type == "cuda" else torch.ops.aten.dropout.default
+    return _plain_attention(*tensors, attn_mask, partial(dropout, p=dropout_p, train=True), is_causal, scale)
 
 
 def _plain_attention(
@@ -163,7 +148,7 @@ def _plain_attention(
 
     Under a mode such as the recorder's it adds the mask to a copy.
     """
-    dtype, half = query.dtype, (scale or query.shape[-1] ** -0.5) ** 0.5
+    dtype, factor = query.dtype, (scale or query.shape[-1] ** -0.5) ** 0.5  # on queries and keys alike
     backends: Any = torch.backends.cuda
     if dtype in (torch.float16, torch.bfloat16) and not backends.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
@@ -171,11 +156,10 @@ def _plain_attention(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     if is_causal:
         attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-    scores = torch.matmul(query * half, key.transpose(-2, -1) * half)
-    if attn_mask is not None:
-        scores.add_(attn_mask)
+    added = None if attn_mask is None else _as_numbers(attn_mask, query.dtype)
+    scores = torch.matmul(query * factor, key.transpose(-2, -1) * factor)
+    if added is not None:
+        scores.add_(added)
     weights = dropped(torch.ops.aten._safe_softmax.default(scores, -1))
     del scores
     return torch.matmul(weights, value).to(dtype)
@@ -186,10 +170,16 @@ def _pad_head(tensor: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
+def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a mask adds to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+
+
 def _aligned_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return the mask as the kernel wants it: numbers, its rows padded to 16 elements, expanded as a view."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    mask = _as_numbers(mask, query.dtype)
     missing = -mask.shape[-1] % 16
     if missing:
         mask = torch.nn.functional.pad(mask, (0, missing))[..., : mask.shape[-1]]
@@ -226,7 +216,7 @@ def _cpu_kernels(autocast: Autocast) -> dict[str, Callable[..., Any]]:
     """Return the operations that a CPU runs otherwise than `meta` does."""
     recurrent = partial(run_recurrent, "lstm_on_cpu", autocast)
     return {
-        "scaled_dot_product_attention": _attention_on_cpu,
+        "scaled_dot_product_attention": partial(_attention, "cpu"),
         "lstm.input": recurrent,
         "lstm.data": recurrent,
     }
@@ -237,7 +227,7 @@ def _kernels(autocast: Autocast) -> dict[str, Callable[..., Any]]:
     kernels: dict[str, Callable[..., Any]] = {
         "dropout": _dropout,
         "rms_norm": _rms_norm,
-        "scaled_dot_product_attention": _attention,
+        "scaled_dot_product_attention": partial(_attention, "cuda"),
     }
     for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for form in ("input", "data"):

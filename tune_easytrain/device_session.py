@@ -17,7 +17,7 @@ from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import EstimateError, OutOfMemoryInTrainingError, TaskError
 from tune_easytrain.estimate import estimate_task
 from tune_easytrain.memory import ErrorKind, classify_error, device_memory, first_line
-from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes
+from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes, probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.probe_attempt import run_attempt
@@ -56,7 +56,6 @@ class DeviceSession:
         torch.set_num_threads(opening.num_threads)
         self._device = _choose_device(opening.device)
         self._task = self._probed_task = _build_task(opening)
-        self._num_train_samples: int | None = None
         if self._task is not None:
             self._probed_task, self._task = self._open_data(self._task)
         # What building the model imports is not to count against a cap on the CPU: signing builds it before.
@@ -85,8 +84,7 @@ class DeviceSession:
     def attempt(self, microbatch_size: int) -> AttemptReply:
         """Try one micro-batch size; bugs in the task are raised as they are."""
         assert self._probed_task is not None, "an attempt needs a task"
-        headroom = headroom_bytes(self.budget_bytes)
-        self.memory.cap(self.budget_bytes - headroom)
+        self.memory.cap(probed_bytes(self.budget_bytes))
         used_before = self.memory.used_bytes()
         attempt: Attempt = run_attempt(
             self._probed_task,
@@ -97,8 +95,9 @@ class DeviceSession:
             clip_norm=self._settings.clip_norm,
         )
         self._is_near_edge = attempt.outcome is Outcome.ALLOCATOR_RETRIED
+        most_bytes = _CLEAN_TOLERANCE * headroom_bytes(self.budget_bytes)
         kept_bytes = self.memory.used_bytes() - used_before
-        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= _CLEAN_TOLERANCE * headroom)
+        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= most_bytes)
 
     def train(self, microbatch_limit: int | None, send: Callable[[Report | PlanChanged], None]) -> None:
         """Run the training function to its end; `send` takes each report, and each new batch plan.
@@ -159,11 +158,17 @@ class DeviceSession:
                 train_data=_opened_once(task.train_data, seed),
                 val_data=None if task.val_data is None else _opened_once(task.val_data, seed),
             )
-            training_set: Any = task.train_data()
-            self._num_train_samples = len(training_set)
+            task.train_data()
             if self._device.type == "cpu" and task.val_data is not None:
                 task.val_data()
         return probed, task
+
+    @property
+    def _num_train_samples(self) -> int | None:
+        if self._task is None:
+            return None
+        data: Any = self._task.train_data()  # open already
+        return len(data)
 
     def _sign(self) -> str:
         is_first = self._opening.budget_bytes is None

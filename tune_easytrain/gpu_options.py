@@ -29,7 +29,7 @@ def chosen_accelerator(device: str | None, memory: str | None) -> Accelerator | 
 
 
 def _parse_size(text: str) -> int:
-    if text.isdecimal() and int(text) < _SMALLEST_BARE_NUMBER:
+    if text.isdecimal() and 0 < int(text) < _SMALLEST_BARE_NUMBER:
         raise BadInputError(f"--memory: {text!r} would be bytes; write the unit, such as {text}GiB")
     try:
         return parse_bytes(int(text) if text.isdecimal() else text)

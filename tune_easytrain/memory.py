@@ -225,8 +225,8 @@ class CpuMemory:
     def __init__(self) -> None:
         # Threads' stacks count as data: have torch start its threads first.
         torch.ones(1 << 20).sum()
-        self._baseline_resident_bytes = _status_bytes("VmRSS") - _status_bytes("RssFile")
-        self._baseline_data_bytes = _status_bytes("VmData")
+        resident, files, self._baseline_data_bytes = _status_bytes("VmRSS", "RssFile", "VmData")
+        self._baseline_resident_bytes = resident - files
         self._hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
 
     def budget_bytes(self, request: BudgetRequest) -> int:
@@ -257,7 +257,8 @@ class CpuMemory:
         return self._above_baseline("VmRSS")
 
     def _above_baseline(self, field: str) -> int:
-        return max(0, _status_bytes(field) - _status_bytes("RssFile") - self._baseline_resident_bytes)
+        resident, files = _status_bytes(field, "RssFile")
+        return max(0, resident - files - self._baseline_resident_bytes)
 
     def num_retries(self) -> int:
         """Return 0: malloc keeps no such count."""
@@ -281,8 +282,8 @@ def host_memory_bytes() -> int:
     return min(limits)
 
 
-def _status_bytes(field: str) -> int:
+def _status_bytes(*fields: str) -> list[int]:
     status: Mapping[str, str] = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )
-    return int(status[field].split()[0]) * 1024
+    return [int(status[field].split()[0]) * 1024 for field in fields]

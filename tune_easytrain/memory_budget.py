@@ -58,3 +58,8 @@ def headroom_bytes(budget_bytes: int) -> int:
     """
     small = min(_HEADROOM_BYTES, int(_LARGEST_HEADROOM_FRACTION * budget_bytes))
     return max(small, int(_HEADROOM_FRACTION * budget_bytes))
+
+
+def probed_bytes(budget_bytes: int) -> int:
+    """Return what of a budget the probe may use, in bytes: all but the headroom."""
+    return budget_bytes - headroom_bytes(budget_bytes)

@@ -12,7 +12,7 @@ from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.grid import MODEL_KEY, Distribution
-from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes
+from tune_easytrain.memory_budget import BudgetRequest, probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import SearchPlan, largest_power_of_two
 from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
@@ -66,8 +66,7 @@ class TrialMemory:
     @property
     def usable_bytes(self) -> int:
         """What of the budget the trial's micro-batch may take: the probe leaves a headroom free."""
-        headroom = 0 if self.settings.probe == "off" else headroom_bytes(self.budget_bytes)
-        return self.budget_bytes - headroom
+        return self.budget_bytes if self.settings.probe == "off" else probed_bytes(self.budget_bytes)
 
     @property
     def fits(self) -> bool | None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import NotEnoughMemoryError
-from tune_easytrain.memory_budget import headroom_bytes
+from tune_easytrain.memory_budget import probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ class SearchPlan:
         """
         if self.estimate is None:
             return limit
-        allowed_bytes = self.budget_bytes - headroom_bytes(self.budget_bytes)
-        return self.estimate.largest_microbatch(allowed_bytes, limit, ratio=ratio)
+        return self.estimate.largest_microbatch(probed_bytes(self.budget_bytes), limit, ratio=ratio)
 
 
 def next_microbatch_size(

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
+import time
 import weakref
 from typing import Any
 
@@ -13,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tune_easytrain import BatchPlan, Task
-from tune_easytrain.loader import EpochLoader, epoch_order
+from tune_easytrain.loader import EpochLoader, EpochWindows, epoch_order
 
 CPU = torch.device("cpu")
 
@@ -42,6 +47,32 @@ class Augmented(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         noise = [random.random(), float(torch.rand(())), float(np.random.random())]
         return torch.tensor([float(index), *noise], dtype=torch.float64)
+
+
+class Processes(Dataset[Tensor]):
+    """Sample i is (i, the process that read it); the sample `broken` cannot be read the first time."""
+
+    def __init__(self, num_samples: int, broken: int = -1) -> None:
+        self.num_samples = num_samples
+        self.broken = torch.tensor(broken).share_memory_()
+        self.num_read = multiprocessing.get_context("fork").Value("i", 0)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == self.broken:
+            self.broken.fill_(-1)
+            raise OSError("the disk is away")
+        with self.num_read.get_lock():
+            self.num_read.value += 1
+        return torch.tensor([index, os.getpid()])
+
+
+def readers(windows: EpochWindows, plan: BatchPlan) -> set[int]:
+    """Read the whole epoch; return the processes that did."""
+    batches = [batch for index in range(len(windows)) for batch in windows.read(index, plan)]
+    return set(torch.cat(batches)[:, 1].tolist())
 
 
 def make_loader(data: Any, *, seed: int = 0, num_workers: int = 0, **changes: Any) -> EpochLoader:
@@ -239,3 +270,116 @@ def test_validation_reads_everything_in_its_own_order_the_same_way_every_time() 
 def test_the_tasks_own_collate_is_used() -> None:
     loader = make_loader(Ids(3), collate=lambda samples: {"ids": torch.stack(samples)})
     assert [batch["ids"].tolist() for batch in loader.in_order(2)] == [[0, 1], [2]]
+
+
+def test_an_epoch_and_a_validation_set_may_be_cut_short() -> None:
+    loader, plan = make_loader(Ids(20)), BatchPlan.build(8, 3)
+    for num_samples, expected in ((None, 20), (50, 20), (13, 13), (1, 1)):
+        windows = loader.windows(8, 2, num_samples)
+        ids = [i for k in range(len(windows)) for batch in windows.read(k, plan) for i in batch.tolist()]
+        assert ids == epoch_order(20, 0, 2)[:expected]
+    assert [batch.tolist() for batch in loader.in_order(2, [7, 1, 19])] == [[7, 1], [19]]
+
+
+def test_loader_processes_stay_over_the_epochs() -> None:
+    loader, plan = make_loader(Processes(12), num_workers=2), BatchPlan.build(4, 2)
+    first = readers(loader.windows(4, 0), plan)
+    assert len(first) == 2
+    assert os.getpid() not in first
+    assert readers(loader.windows(4, 1), plan) == first
+    assert set(torch.cat(list(loader.in_order(5)))[:, 1].tolist()) <= first
+
+
+def test_the_processes_of_a_pass_that_is_given_up_end_with_it() -> None:
+    loader = make_loader(Processes(12), num_workers=2)
+    windows = loader.windows(4, 0)
+    first = int(next(windows.read(0, BatchPlan.build(4, 2)))[0, 1])
+    others = readers(windows, BatchPlan.build(4, 1))
+    assert first not in others
+    assert {child.pid for child in multiprocessing.active_children()} & {first, *others} == others
+    assert readers(loader.windows(4, 1), BatchPlan.build(4, 2)) == others
+
+
+def test_two_passes_at_once_do_not_mix() -> None:
+    loader, plan = make_loader(Ids(12), num_workers=1), BatchPlan.build(6, 2)
+    one, two = loader.windows(6, 0), loader.windows(6, 1)
+    mixed = [
+        batch.tolist() for pair in zip(one.read(0, plan), two.read(0, plan), strict=True) for batch in pair
+    ]
+    assert [i for batch in mixed[::2] for i in batch] == epoch_order(12, 0, 0)[:6]
+    assert [i for batch in mixed[1::2] for i in batch] == epoch_order(12, 0, 1)[:6]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_window_can_be_read_again_after_an_error(num_workers: int) -> None:
+    data = Processes(12)
+    windows, plan = make_loader(data, num_workers=num_workers).windows(6, 0), BatchPlan.build(6, 2)
+    data.broken.fill_(epoch_order(12, 0, 0)[3])
+    with pytest.raises(OSError, match="the disk is away"):
+        list(windows.read(0, plan))
+    again = [i for index in (0, 1) for batch in windows.read(index, plan) for i in batch[:, 0].tolist()]
+    assert again == epoch_order(12, 0, 0)
+
+
+def test_loader_processes_read_two_microbatches_each_ahead_and_no_more() -> None:
+    data, plan = Processes(600), BatchPlan.build(300, 3)
+    microbatches = make_loader(data, num_workers=2).windows(300, 0).read(0, plan)
+    for num_taken in (1, 2):
+        next(microbatches)
+        most = (num_taken + 2 * 2) * 3
+        deadline = time.monotonic() + 60
+        while data.num_read.value < most and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # whoever reads more would have done so
+        assert data.num_read.value == most
+
+
+@pytest.mark.parametrize("limit", [2, 5])
+def test_waiting_is_the_time_that_reading_takes(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    now = 0.0
+
+    class Slow(Ids):
+        def __getitem__(self, index: int) -> Tensor:
+            nonlocal now
+            now += 3
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("tune_easytrain.data_wait.time.perf_counter", lambda: now)
+    windows, plan = make_loader(Slow(13)).windows(5, 0), BatchPlan.build(5, limit)
+    assert windows.wait_seconds == 0
+    for index in range(len(windows)):
+        for _ in windows.read(index, plan):
+            now += 100  # the step
+    assert windows.wait_seconds == 13 * 3
+
+
+MALLOC_TEST = """
+import resource, torch
+from tune_easytrain.loader import prepare_loader_process
+
+def count_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        torch.ones(2**18)  # 256 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+resource.setrlimit(resource.RLIMIT_DATA, (2**33, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+torch.set_num_threads(1)
+count_page_faults()
+print(count_page_faults())
+prepare_loader_process(0)
+count_page_faults()
+print(count_page_faults())
+soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+assert soft == hard
+"""
+
+
+def test_a_loader_process_is_rid_of_the_trials_cap_and_malloc() -> None:
+    as_in_a_trial = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MALLOC_TEST]
+    done = subprocess.run(command, env={**os.environ, **as_in_a_trial}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before >= 50 * 256
+    assert after < 256

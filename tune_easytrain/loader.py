@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -16,11 +17,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from tune_easytrain.batch import move_batch
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.data_wait import DataWait
 from tune_easytrain.random_state import sample_seed
 from tune_easytrain.task import Batch, Task
 
 _ORDER = -1
 """The index whose seed gives an epoch's order of samples."""
+
+_MICROBATCHES_AHEAD = 2
+"""How many micro-batches each loader process holds ready or has in hand."""
+
+# Of malloc.h; see mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD_BYTES = 2**25
+_KEPT_FREE_BYTES = 2**28
 
 SampleKey = tuple[int, int]
 """(epoch, index of the sample in the data set)"""
@@ -48,8 +58,14 @@ class SeededSamples(Dataset[Any]):
 class EpochLoader:
     """Reads a data set micro-batch by micro-batch.
 
-    Host memory holds the micro-batch at hand, and those that loader processes have read ahead, whatever
-    the effective batch size.
+    Without loader processes each micro-batch is read by the training process, when it is asked for: a
+    thread that read ahead would seed the generators from which the model draws meanwhile. Loader
+    processes read ahead while the device computes, at most two micro-batches each, and stay for the
+    epochs that follow, since what a sample is depends on its key alone. So host memory holds the
+    micro-batch at hand and those two for each process, whatever the effective batch size.
+
+    For CUDA the batches lie in pinned memory, and are copied when they are asked for, without waiting for
+    the copy. None is copied ahead: the device never holds two of them, which the probe has not tried.
     """
 
     def __init__(self, task: Task, data: Any, device: torch.device, *, seed: int, num_workers: int) -> None:
@@ -58,39 +74,102 @@ class EpochLoader:
         self._device = device
         self._seed = seed
         self._num_workers = num_workers
+        self._idle: DataLoader[Any] | None = None
 
     @property
     def num_samples(self) -> int:
         """Samples of the data set."""
         return len(self._samples)
 
-    def windows(self, effective_batch_size: int, epoch: int) -> EpochWindows:
-        """Return the windows of one shuffled epoch, of `effective_batch_size` samples over all workers."""
-        order = epoch_order(self.num_samples, self._seed, epoch)
-        return EpochWindows(self._load, [(epoch, index) for index in order], effective_batch_size)
+    def windows(self, effective_batch_size: int, epoch: int, num_samples: int | None = None) -> EpochWindows:
+        """Return the windows of one shuffled epoch, of `effective_batch_size` samples over all workers.
 
-    def in_order(self, microbatch_size: int) -> Iterator[Batch]:
-        """Yield the whole data set in its own order; augmentation, if any, is that of epoch 0."""
-        indices = range(self.num_samples)
-        return self._load(
-            [
-                [(0, index) for index in indices[start : start + microbatch_size]]
-                for start in range(0, self.num_samples, microbatch_size)
-            ]
-        )
+        The epoch ends after `num_samples` samples where that is given and less than the data set.
+        """
+        order = epoch_order(self.num_samples, self._seed, epoch)[:num_samples]
+        wait = DataWait(self._device)
+        read = partial(_Reading, self, epoch, order, wait=wait)
+        return EpochWindows(read, len(order), effective_batch_size, wait)
 
-    def _load(self, microbatches: Sequence[list[SampleKey]]) -> Iterator[Batch]:
-        loader: DataLoader[Any] = DataLoader(
+    def in_order(self, microbatch_size: int, samples: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Yield the data set, or these samples of it, in the order given; augmentation is that of epoch 0."""
+        order = range(self.num_samples) if samples is None else samples
+        starts = range(0, len(order), microbatch_size)
+        parts = [slice(start, start + microbatch_size) for start in starts]
+        return _Reading(self, 0, order, parts, wait=DataWait(self._device))
+
+    def _take_loader(self) -> DataLoader[Any]:
+        loader, self._idle = self._idle, None
+        return self._new_loader() if loader is None else loader
+
+    def _new_loader(self) -> DataLoader[Any]:
+        has_workers = self._num_workers > 0
+        return DataLoader(
             self._samples,
-            batch_sampler=microbatches,
+            batch_sampler=_KeysToRead(),
             num_workers=self._num_workers,
+            prefetch_factor=_MICROBATCHES_AHEAD if has_workers else None,
+            persistent_workers=has_workers,
+            # What a task is made of need not be picklable, as other ways to start a process demand.
+            multiprocessing_context="fork" if has_workers else None,
             collate_fn=self._task.collate,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_lift_memory_cap if self._num_workers else None,
+            worker_init_fn=prepare_loader_process if has_workers else None,
             generator=torch.Generator(),  # of its own: the global one is the model's
         )
-        # A generator's loop would keep hold of a batch until it has the next one.
-        return map(partial(move_batch, device=self._device), loader)
+
+
+class _KeysToRead:
+    """The batch sampler of a `DataLoader` that outlives an epoch: what it is to read next."""
+
+    def __init__(self) -> None:
+        self.microbatches: Iterable[list[SampleKey]] = ()
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return iter(self.microbatches)
+
+
+class _Reading(Iterator[Batch]):
+    """The micro-batches of one pass, on the device; each is a part of `order`.
+
+    A pass takes the loader, and gives it back when it has read everything. With a pass that is given up
+    its loader processes end, and what they have read ahead is gone with them.
+    """
+
+    def __init__(
+        self,
+        owner: EpochLoader,
+        epoch: int,
+        order: Sequence[int],
+        parts: Sequence[slice],
+        *,
+        wait: DataWait,
+    ) -> None:
+        self._owner = owner
+        self._keys = ([(epoch, index) for index in order[part]] for part in parts)
+        self._num_left = len(parts)
+        self._wait = wait
+        self._loader: DataLoader[Any] | None = None
+        self._batches: Iterator[Batch] = iter(())
+
+    def __next__(self) -> Batch:
+        if not self._num_left:
+            raise StopIteration
+        with self._wait:
+            if self._loader is None:
+                self._start()
+            batch = next(self._batches)
+        self._num_left -= 1
+        if not self._num_left:
+            self._owner._idle, self._loader = self._loader, None
+            self._batches = iter(())
+        return move_batch(batch, self._owner._device)
+
+    def _start(self) -> None:
+        self._loader = self._owner._take_loader()
+        assert isinstance(self._loader.batch_sampler, _KeysToRead)
+        self._loader.batch_sampler.microbatches = self._keys
+        self._batches = iter(self._loader)
 
 
 class EpochWindows:
@@ -102,22 +181,29 @@ class EpochWindows:
 
     def __init__(
         self,
-        load: Callable[[Sequence[list[SampleKey]]], Iterator[Batch]],
-        order: Sequence[SampleKey],
+        read: Callable[[Sequence[slice]], Iterator[Batch]],
+        num_samples: int,
         effective_batch_size: int,
+        wait: DataWait,
     ) -> None:
-        self._load = load
-        self._order = order
+        self._read = read
+        self._num_samples = num_samples
         self._effective_batch_size = effective_batch_size
+        self._wait = wait
         self._ahead: Iterator[Batch] = iter(())
         self._next: tuple[BatchPlan, int] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._effective_batch_size)
+        return -(-self._num_samples // self._effective_batch_size)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long training has waited for the micro-batches that were read so far; see `DataWait`."""
+        return self._wait.seconds
 
     def num_samples(self, index: int) -> int:
         """Return the samples of a window over all workers: fewer than the others have only in the last."""
-        return min(self._effective_batch_size, len(self._order) - index * self._effective_batch_size)
+        return min(self._effective_batch_size, self._num_samples - index * self._effective_batch_size)
 
     def read(self, index: int, plan: BatchPlan) -> Iterator[Batch]:
         """Yield this worker's micro-batches of a window, on the device; `plan` is that of a whole window.
@@ -127,21 +213,21 @@ class EpochWindows:
         """
         if self._next != (plan, index):
             self._ahead = iter(())  # ends the loader processes of before
-            self._ahead = self._load(self._microbatches(index, plan))
+            self._ahead = self._read(self._parts(index, plan))
         self._next = (plan, index + 1)
         sizes = plan.for_window(self.num_samples(index)).microbatch_sizes
         return islice(self._ahead, sum(1 for size in sizes if size))
 
-    def _microbatches(self, first: int, plan: BatchPlan) -> list[list[SampleKey]]:
-        """Return the samples of this worker's micro-batches from window `first` to the epoch's end."""
-        microbatches = []
+    def _parts(self, first: int, plan: BatchPlan) -> list[slice]:
+        """Return which parts of the order are this worker's micro-batches from window `first` on."""
+        parts = []
         for index in range(first, len(self)):
             window = plan.for_window(self.num_samples(index))
             position = index * self._effective_batch_size + window.window_offset()
             for size in filter(None, window.microbatch_sizes):
-                microbatches.append(list(self._order[position : position + size]))
+                parts.append(slice(position, position + size))
                 position += size
-        return microbatches
+        return parts
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -151,10 +237,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _lift_memory_cap(worker_id: int) -> None:
-    # The cap stands for the device; what a loader process holds is host memory of its own.
+def prepare_loader_process(worker_id: int) -> None:
+    """Undo in a loader process what stands for the device's memory in the trial's: its cap, and its malloc.
+
+    The cap counts what the device holds, and malloc gives freed memory back at once for the cap's sake. Here
+    that would cost page faults for every picture decoded: clips came half as fast.
+    """
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
 
 
 @contextmanager

@@ -111,6 +111,40 @@ def test_token_weights_give_the_mean_over_all_tokens(lengths: list[int], size: i
     assert (record.num_samples, record.weight) == (len(lengths), sum(lengths))
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 20))
+def test_a_scaled_backward_leaves_the_full_batchs_gradient_times_the_scale(
+    sizes: list[int], exponent: int
+) -> None:
+    model, whole = Net(), Net()
+    batch = make_batch(sum(sizes))
+    full = loss(whole, batch)
+    full.backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**exponent)
+    record = accumulate_gradients(
+        model, loss, split_batch(batch, sizes), backward=lambda weighted: scaler.scale(weighted).backward()
+    )
+    for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        if parameter.grad is not None and expected.grad is not None:
+            difference = parameter.grad - 2.0**exponent * expected.grad
+            assert difference.norm() <= TOLERANCE * parameter.grad.norm()
+    scaler.unscale_(torch.optim.SGD(model.parameters()))
+    assert_same_gradients(model, whole)
+    assert record.loss == pytest.approx(full.item(), rel=TOLERANCE)  # the loss itself is not scaled
+
+
+def test_backward_gets_each_loss_times_its_weight() -> None:
+    given_losses: list[float] = []
+
+    def backward(weighted: Tensor) -> None:
+        given_losses.append(weighted.item())
+        weighted.backward()
+
+    model, parts = Net(), [make_batch(3, 1), make_batch(0), make_batch(5, 2)]
+    expected = [3 * loss(model, parts[0]).item(), 5 * loss(model, parts[2]).item()]
+    accumulate_gradients(model, loss, parts, backward=backward)
+    assert given_losses == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_a_microbatch_of_weight_zero_is_never_run() -> None:
     seen: list[int] = []
 

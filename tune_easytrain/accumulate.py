@@ -32,6 +32,7 @@ def accumulate_gradients(
     microbatches: Iterable[Batch],
     *,
     weight: Callable[[Batch], int] | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> AccumulationRecord:
     """Leave in every `.grad` the gradient of the mean loss over all the micro-batches together.
 
@@ -45,6 +46,9 @@ def accumulate_gradients(
         loss: scalar loss of one micro-batch, a mean over what `weight` counts.
         microbatches: batches already on the model's device; empty ones and such of weight 0 are passed over.
         weight: how many things the mean of a batch averages over; default: its samples.
+        backward: called with each micro-batch's loss times its weight, in place of `Tensor.backward`: what a
+            framework or a gradient scaler has for it. One that multiplies (a loss scale) must multiply all
+            of a window alike; the gradients are then multiplied too.
 
     Raises:
         ValueError: the window holds nothing at all, or the loss is not a single number.
@@ -69,7 +73,7 @@ def accumulate_gradients(
         sizes.append(num_samples)
         if share:
             weighted = _single_number(loss(model, batch)) * share
-            weighted.backward()  # type: ignore[no-untyped-call]
+            backward(weighted)
             # Sums stay on the device: reading each one would wait for the device after every micro-batch.
             total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
             total_weight += share

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)\Z")
 _CONNECT_SECONDS = 10.0
 _TOLERANCE = 1e-6
+_ACCELERATOR_PREFIX = "accelerator_type:"
+_ACCELERATOR_AMOUNT = 0.001  # as Ray itself asks for one: a mark of the node, not something that is used up
+_MOST_NODES = 1000  # no trial needs more, whatever an autoscaler may start
 
 
 @contextmanager
@@ -86,23 +89,40 @@ def resource_bundle(trial: TrialConfig) -> dict[str, float]:
     bundle = {"CPU": resources.cpu, **resources.custom}
     if resources.gpu:
         bundle["GPU"] = resources.gpu
+    if resources.accelerator_type is not None:
+        bundle[f"{_ACCELERATOR_PREFIX}{resources.accelerator_type}"] = _ACCELERATOR_AMOUNT
     return bundle
 
 
 def placement(trial: TrialConfig) -> tune.PlacementGroupFactory:
-    """Return the placement group of one trial."""
-    return tune.PlacementGroupFactory([resource_bundle(trial)])
+    """Return the placement group of one trial: a bundle for each worker.
+
+    What drives several workers needs next to nothing, so it has no bundle of its own and is placed with rank
+    0. A trial is placed whole or not at all.
+    """
+    bundle = resource_bundle(trial)
+    if trial.num_workers == 1:
+        return tune.PlacementGroupFactory([bundle])
+    return tune.PlacementGroupFactory([{}] + [bundle] * trial.num_workers)
 
 
 def check_resources(trial: TrialConfig) -> None:
-    """Raise InsufficientResourcesError unless some node, present or to come, can hold one trial."""
+    """Raise InsufficientResourcesError unless the nodes, present and to come, can hold one trial."""
     bundle = resource_bundle(trial)
     present = [node["Resources"] for node in _nodes() if node["Alive"]]
-    if any(_fits(bundle, node) for node in [*present, *_scalable_nodes()]):
-        return
+    scalable = list(_scalable_nodes())
+    if any(_fits(bundle, node) for node in [*present, *scalable]):
+        num_workers = sum(_num_bundles(bundle, node) for node in [*present, *scalable])
+        if num_workers >= trial.num_workers:
+            return
+        raise InsufficientResourcesError(
+            f"trial.num_workers: {trial.num_workers} workers of {_describe(bundle)} each do not fit; the "
+            f"cluster has room for {num_workers}. Lower trial.num_workers or trial.resources, or use "
+            f"a larger cluster; nodes: {'; '.join(_describe(node) for node in present)}"
+        )
     largest = {name: max((node.get(name, 0.0) for node in present), default=0.0) for name in bundle}
     lacking = [
-        f"{amount:g} {name} (the largest node has {largest[name]:g})"
+        _lacking(name, amount, largest[name], present)
         for name, amount in bundle.items()
         if amount > largest[name] + _TOLERANCE
     ]
@@ -112,6 +132,19 @@ def check_resources(trial: TrialConfig) -> None:
         f"trial.resources: each trial asks for {wanted}, which no node of the cluster has; "
         f"nodes: {'; '.join(_describe(node) for node in present) or 'none'}. {hint}, or use a larger cluster"
     )
+
+
+def _lacking(name: str, amount: float, largest: float, nodes: Sequence[Mapping[str, float]]) -> str:
+    if not name.startswith(_ACCELERATOR_PREFIX):
+        return f"{amount:g} {name} (the largest node has {largest:g})"
+    there = {
+        other.removeprefix(_ACCELERATOR_PREFIX)
+        for node in nodes
+        for other in node
+        if other.startswith(_ACCELERATOR_PREFIX)
+    }
+    wanted = name.removeprefix(_ACCELERATOR_PREFIX)
+    return f"accelerator_type {wanted} (the nodes have {', '.join(sorted(there)) or 'none'})"
 
 
 def check_local_gpu(trial: TrialConfig) -> None:
@@ -126,14 +159,15 @@ def check_local_gpu(trial: TrialConfig) -> None:
 
 
 def trials_per_node(trial_bundle: Mapping[str, float], node_id: str) -> int:
-    """Return how many trials like this one the given node runs at the same time."""
+    """Return how many workers with this bundle the given node runs at the same time."""
     for node in _nodes():
         if node["NodeID"] == node_id:
-            resources = node["Resources"]
-            return max(
-                1, min(int(resources.get(name, 0) / n + _TOLERANCE) for name, n in trial_bundle.items() if n)
-            )
+            return max(1, _num_bundles(trial_bundle, node["Resources"]))
     return 1
+
+
+def _num_bundles(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    return min(int(node.get(name, 0.0) / amount + _TOLERANCE) for name, amount in bundle.items() if amount)
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -142,7 +176,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _scalable_nodes() -> list[dict[str, float]]:
-    """Return the resources of the node types that the autoscaler of this head can start."""
+    """Return the resources of every node that the autoscaler of this head can start."""
     path = _AUTOSCALER_CONFIG.expanduser()
     if not path.is_file():
         return []
@@ -150,7 +184,12 @@ def _scalable_nodes() -> list[dict[str, float]]:
     if faults or not isinstance(source.data, dict):
         return []
     types = source.data.get("available_node_types") or {}
-    return [node.get("resources") or {} for node in types.values() if node.get("max_workers", 1) != 0]
+    most = source.data.get("max_workers", 0)
+    return [
+        node.get("resources") or {}
+        for node in types.values()
+        for _ in range(min(node.get("max_workers", most), most or _MOST_NODES, _MOST_NODES))
+    ]
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:

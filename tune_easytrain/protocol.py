@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.exactness import BatchCoupling
 from tune_easytrain.probe import Attempt
 from tune_easytrain.settings import TrialSettings
 
@@ -53,7 +54,8 @@ class Opened:
 
     `budget_bytes` is what the child is capped at. `num_train_samples` is None without a task, `metric_names`
     None where a function of the user's own reports whatever it likes. `signature` is the same for trials
-    that need the same memory; empty where nothing is probed. A trial's first child gives it.
+    that need the same memory; empty where nothing is probed. `coupling` is what lets the samples of a batch
+    depend on one another. A trial's first child gives both.
     """
 
     device_name: str
@@ -62,6 +64,7 @@ class Opened:
     metric_names: tuple[str, ...] | None
     resumed_microbatch_limit: int | None
     signature: str = ""
+    coupling: BatchCoupling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,31 @@ class AttemptReply:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """One worker's place among those that train a trial together.
+
+    `store_address` is where the worker of rank 0 keeps what they need to find each other (host and port);
+    None for that worker itself, which opens the store and tells its port.
+    """
+
+    rank: int
+    num_workers: int
+    store_address: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainRequest:
-    """Ask the child to train with at most this many samples at once."""
+    """Ask the child to train with at most this many samples at once; with `place`, as one of several."""
 
     microbatch_limit: int | None
+    place: WorkerPlace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOpened:
+    """The worker of rank 0 waits for the others at this port of its node."""
+
+    port: int
 
 
 @dataclass(frozen=True, slots=True)

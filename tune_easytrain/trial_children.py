@@ -1,4 +1,8 @@
-"""The child processes of one trial: one at a time, and an attempt that fails costs its child. No torch."""
+"""The child processes of one trial: one at a time, and an attempt that fails costs its child. No torch.
+
+A trial needs something that opens, estimates, tries sizes and trains: `TrialProcesses`. Children of this
+process are that for a trial of one worker.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,42 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from tune_easytrain.child_process import ChildProcess
 from tune_easytrain.errors import ChildDiedError, EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.protocol import AttemptReply, AttemptRequest, EstimateRequest, Opened, Opening
+
+
+class TrainingProcess(Protocol):
+    """What trains: takes a `TrainRequest` and `Continue`s, and says what the training function says."""
+
+    def send(self, message: Any) -> None:
+        """Send a message."""
+
+    def receive(self, timeout_seconds: float | None = None) -> Any:
+        """Wait for the next message; raises what went wrong there, with its type."""
+
+
+class TrialProcesses(Protocol):
+    """The processes that run a trial's torch code, wherever they are."""
+
+    def open(self) -> Opened:
+        """Build the task, choose the device, and describe both."""
+
+    def estimate(self) -> MemoryEstimate | EstimateError:
+        """Return the trial's memory at any size, or why it is not known."""
+
+    def attempt(self, microbatch_size: int, timeout_seconds: float) -> Attempt:
+        """Try one size; raises what the task's own code raised, with its type."""
+
+    def for_training(self) -> TrainingProcess:
+        """Return what trains."""
+
+    def kill(self) -> None:
+        """End every process."""
 
 
 class TrialChildren:

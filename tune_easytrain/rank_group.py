@@ -1,0 +1,161 @@
+"""`RankGroup`: the workers that train one trial together, seen from one of them.
+
+Gradients are summed locally over a window and then reduced once, so that a rank may have other micro-batches
+than the others, none at all, or a window that it had to compute again, and nobody waits inside a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
+
+from tune_easytrain.accumulate import AccumulationRecord
+from tune_easytrain.protocol import WorkerPlace
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients are copied together up to this size, so that one reduction carries many of them."""
+
+_TIMEOUT = timedelta(hours=24)  # a rank that is gone ends the others; one that is slow must not
+
+
+class RankGroup:
+    """This worker's rank, how many there are, and what they exchange.
+
+    With one worker nothing is exchanged and no process group exists.
+
+    Attributes:
+        rank: this worker's number, from 0.
+        num_workers: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, num_workers: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.num_workers = rank, num_workers
+        self._device = torch.device("cpu") if device is None else device
+
+    @classmethod
+    def join(cls, place: WorkerPlace, device: torch.device, tell_port: Callable[[int], None]) -> RankGroup:
+        """Meet the other workers; NCCL carries what is on GPUs, gloo what is on CPUs.
+
+        Rank 0 opens the store, on a port that the system chooses, and gives it to `tell_port`.
+        """
+        if place.store_address is None:
+            store = TCPStore(
+                "0.0.0.0", 0, place.num_workers, is_master=True, wait_for_workers=False, timeout=_TIMEOUT
+            )
+            tell_port(store.port)
+        else:
+            host, port = place.store_address
+            store = TCPStore(host, port, place.num_workers, is_master=False, timeout=_TIMEOUT)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.num_workers,
+            timeout=_TIMEOUT,
+        )
+        return cls(place.rank, place.num_workers, device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that reports and saves."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """End the process group, if there is one."""
+        if self.num_workers > 1:
+            dist.destroy_process_group()
+
+    def share_state(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers that rank 0 has."""
+        self._broadcast([*module.parameters(), *module.buffers()])
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers (running statistics) that rank 0 has."""
+        self._broadcast(list(module.buffers()))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return each number summed over all ranks."""
+        if self.num_workers == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(totals)
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def average_gradients(
+        self, parameters: Iterable[nn.Parameter], record: AccumulationRecord | None
+    ) -> AccumulationRecord:
+        """Leave in every `.grad` the gradient of the mean loss over the whole window, on every rank.
+
+        Args:
+            parameters: the model's, with the gradient of this rank's own mean loss.
+            record: what this rank's share of the window was; None where it had no sample.
+
+        Returns the record of the whole window. A parameter that no rank has a gradient of keeps none.
+        """
+        if self.num_workers == 1:
+            assert record is not None
+            return record
+        every = [parameter for parameter in parameters if parameter.requires_grad]
+        has_gradient = [0.0 if record is None or p.grad is None else 1.0 for p in every]
+        own = (0.0, 0.0, 0.0) if record is None else (record.loss, record.weight, float(record.num_samples))
+        loss_sum, weight, num_samples, *counts = self.sum([own[0] * own[1], own[1], own[2], *has_gradient])
+        if not weight:
+            raise ValueError("a window without a single sample has no gradient")
+        share = own[1] / weight
+        gradients = []
+        for parameter, own_count, count in zip(every, has_gradient, counts, strict=True):
+            if not count:
+                parameter.grad = None
+                continue
+            if not own_count or parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if gradients:
+            torch._foreach_mul_(gradients, share)
+        for bucket in buckets(gradients):
+            _reduce(bucket)
+        record = record or AccumulationRecord(0.0, 0, 0.0, ())
+        return replace(record, loss=loss_sum / weight, weight=weight, num_samples=round(num_samples))
+
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        if self.num_workers == 1:
+            return
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+
+def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
+    """Yield the tensors in groups of one format, each of at most `most_bytes` or of a single tensor."""
+    open_buckets: dict[torch.dtype, tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        bucket, filled = open_buckets.get(tensor.dtype, ([], 0))
+        if bucket and filled + num_bytes > most_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        open_buckets[tensor.dtype] = (bucket, filled + num_bytes)
+    for bucket, _ in open_buckets.values():
+        yield bucket
+
+
+def _reduce(tensors: list[Tensor]) -> None:
+    """Sum tensors over all ranks in one reduction."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0])
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    sums = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, summed in zip(tensors, sums, strict=True):
+        tensor.copy_(summed.view_as(tensor))

@@ -322,15 +322,18 @@ def build_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
 
 
 def build_cosine(config: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
-    """From the learning rate to 0 along half a cosine, over the steps of all epochs."""
+    """From the learning rate to 0 along half a cosine, over all steps of the training."""
     from torch.optim.lr_scheduler import CosineAnnealingLR
 
     from tune_easytrain.video_clips import load_ucf101_split
 
     samples, _ = load_ucf101_split(_get(config, "data.root"), _get(config, "data.split", 1), train=True)
     window = _get(config, "batch.effective_batch_size") or _get(config, "hp.batch_size", len(samples))
-    steps = ceil(len(samples) / window) * _get(config, "train.epochs", 1)
-    return CosineAnnealingLR(optimizer, T_max=steps)
+    epochs, rest = _get(config, "train.epochs", 1), 0
+    if _get(config, "train.num_samples"):
+        epochs, rest = divmod(_get(config, "train.num_samples"), len(samples))
+    steps = ceil(len(samples) / window) * epochs + ceil(rest / window)
+    return CosineAnnealingLR(optimizer, T_max=_get(config, "train.num_steps", steps))
 
 
 def random_batch(config: Mapping[str, Any], clip: ClipFormat, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,12 @@ from pydantic import ValidationError
 from tune_easytrain.config import SweepConfig, find_project_root, load_config
 from tune_easytrain.errors import ConfigError, Fault
 from tune_easytrain.grid import Distribution
-from tune_easytrain.search_space import expand_trials
+from tune_easytrain.search_space import expand_trials, num_trials
 from tune_easytrain.sweep_plan import build_plan
 
 SIZE = "batch: {effective_batch_size: 8}\n"
+LR = "grid_search:\n  grid:\n    hp.lr: {loguniform: [1e-5, 1e-1]}\n"
+POPULATION = SIZE + "train: {epochs: 9}\n" + LR
 
 
 def write(folder: Path, text: str) -> Path:
@@ -153,10 +155,27 @@ ALONE = [
     ("batch:\n  effective_batch_size: 8\n  memory_budget: 0\n", 3, "batch.memory_budget", "less than", "24GiB"),
     ("batch:\n  effective_batch_size: 8\n  probe: false\n", 3, "batch.probe", "false is a boolean", "auto, off"),
     ("batch:\n  effective_batch_size: 8\n  search: gro\n", 3, "batch.search", "'gro'", "'grow'"),
+    ("batch:\n  effective_batch_size: 8\n  exact: require\n", 3, "batch.exact", "'require'", "'required'"),
     ("batch:\n  effective_batch_size: 8\n  probe_timeout: .inf\n", 3, "batch.probe_timeout", "nfinity", "above 0"),
     # train
     (SIZE + "train:\n  epochs: 2.5\n", 3, "train.epochs", "2.5 is a number, not an integer", "at least 1"),
-    (SIZE + "train:\n  epochs:\n", 3, "train.epochs", "is empty (null)", "at least 1"),
+    (SIZE + "train:\n  warmup_steps:\n", 3, "train.warmup_steps", "is empty (null)", "at least 0"),
+    (SIZE + "train:\n  num_steps: 0\n", 3, "train.num_steps", "0", "at least 1"),
+    (SIZE + "train:\n  num_samples: 1e3\n", 3, "train.num_samples", "1000.0 is a number", "write 1000"),
+    (SIZE + "train:\n  epochs: 3\n  num_steps: 9\n", 4, "train.num_steps",
+     "train.epochs (3) and train.num_steps (9) each say how much", "keep one of epochs, num_steps"),
+    (SIZE + "train:\n  num_samples: 5\n  num_steps: 9\n", 4, "train.num_steps",
+     "train.num_samples (5) and train.num_steps (9)", "keep one of num_samples, num_steps"),
+    (SIZE + "train: {epochs: 3}\ngrid_search:\n  grid:\n    train.num_samples: [5, 9]\n", 5,
+     "grid_search.grid.train.num_samples", "train.epochs (3) and train.num_samples (5)", "keep one"),
+    (SIZE + "train:\n  lr_scaling: cubic\n", 3, "train.lr_scaling", "'cubic'", "none, linear, sqrt"),
+    (SIZE + "train:\n  lr_scaling: linear\n", 2, "train.base_batch_size", "is required: train.lr_scaling is linear",
+     "the learning rate was chosen for"),
+    (SIZE + "grid_search:\n  grid:\n    train.lr_scaling: [none, sqrt]\n", 1, "train.base_batch_size",
+     "is required: train.lr_scaling is sqrt", "give the effective batch size"),
+    (SIZE + "train:\n  base_batch_size: 64\n", 3, "train.base_batch_size", "64 has no effect",
+     "write lr_scaling: linear or sqrt"),
+    (SIZE + "train:\n  noise_scale: 1\n", 3, "train.noise_scale", "1", "true or false"),
     (SIZE + "train:\n  seed: -1\n", 3, "train.seed", "-1", "at least 0"),
     (SIZE + "train:\n  clip_norm: 0\n", 3, "train.clip_norm", "0", "above 0"),
     (SIZE + "train:\n  precision: fp16\n", 3, "train.precision", "'fp16'", "bf16"),
@@ -168,14 +187,25 @@ ALONE = [
     (SIZE + "trial:\n  resources:\n    cpu: 0\n", 4, "trial.resources.cpu", "0", "above 0"),
     (SIZE + "trial:\n  resources:\n    TPU: 1\n", 4, "trial.resources.TPU", "'TPU'", "custom: {NAME: amount}"),
     (SIZE + "trial:\n  resources:\n    custom: {TPU: x}\n", 4, "trial.resources.custom.TPU", "'x'", "above 0"),
-    (SIZE + "trial:\n  num_workers: 2\n", 3, "trial.num_workers", "2 workers", "write 1"),
+    (SIZE + "trial:\n  num_workers: 2\n  resources:\n    gpu: 0.5\n", 3, "trial.num_workers",
+     "2 workers cannot share GPUs (0.5 each)", "write resources: {gpu: 1}"),
     # run
     (SIZE + "run:\n  storage: s3://b/x\n", 3, "run.storage", "'s3://b/x' is a URL", "a path that all nodes see"),
     (SIZE + "run:\n  mode: biggest\n", 3, "run.mode", "'biggest'", "min, max"),
     (SIZE + "run:\n  metric: ' '\n", 3, "run.metric", "' ' is blank", "name"),
     (SIZE + "run:\n  num_samples: 3\n", 3, "run.num_samples", "3 samples", "distribution"),
-    (SIZE + "run:\n  search: optuna\n", 3, "run.search", "'optuna'", "random"),
-    (SIZE + "run:\n  scheduler: pbt\n", 3, "run.scheduler", "'pbt' is no scheduler", "valid: asha, median"),
+    (SIZE + "run:\n  search: optna\n", 3, "run.search", "'optna'", "'optuna'"),
+    (SIZE + "run:\n  search: hyperopt\n", 3, "run.search", "'hyperopt'", "random, optuna, bohb"),
+    (SIZE + LR + "run:\n  search: optuna\n", 5, "run.num_samples", "trials in all", "num_samples: 20"),
+    (SIZE + "run:\n  search: optuna\n  num_samples: 9\n", 3, "run.search", "nothing to search", "distribution"),
+    (SIZE + "grid_search:\n  grid:\n    a: {choice: [1]}\n    b: {randint: [3, 4]}\nrun: {search: optuna, num_samples: 9}\n",
+     6, "run.search", "nothing to search", "distribution"),
+    (SIZE + "grid_search:\n  grid:\n    a/b: [1, 2]\nrun: {search: optuna, num_samples: 9}\n", 4, "grid_search.grid.a/b",
+     "slash", "rename"),
+    (SIZE + LR + "run:\n  search: bohb\n  num_samples: 9\n", 6, "run.search", "own scheduler", "scheduler: bohb"),
+    (SIZE + LR + "run:\n  scheduler: bohb\n", 6, "run.scheduler", "own search", "search: bohb"),
+    (SIZE + "run:\n  scheduler: pbtt\n", 3, "run.scheduler", "'pbtt' is no scheduler", "'pbt' or 'pb2'"),
+    (SIZE + "run:\n  scheduler: zzz\n", 3, "run.scheduler", "'zzz' is no scheduler", "asha, median, hyperband, bohb, pbt, pb2"),
     (SIZE + "run:\n  scheduler: 5\n", 3, "run.scheduler", "5 is no scheduler", "asha"),
     (SIZE + "run:\n  scheduler:\n    name: ash\n", 4, "run.scheduler.name", "'ash'", "'asha'"),
     (SIZE + "run:\n  scheduler:\n    grace_period: 1\n", 3, "run.scheduler.name", "required", "asha or median"),
@@ -188,6 +218,39 @@ ALONE = [
     (SIZE + "run:\n  scheduler:\n    name: asha\n    grace_period: 9\n", 5, "run.scheduler.grace_period",
      "9 is more than the 1 epochs", "at most 1"),
     (SIZE + "run: {max_concurrent: 0}\n", 2, "run.max_concurrent", "0", "at least 1"),
+    (SIZE + "run: {scheduler: hyperband, max_concurrent: 2}\n", 2, "run.max_concurrent", "hyperband compares", "remove"),
+    (SIZE + "train: {num_steps: 9}\nrun: {scheduler: hyperband}\n", 3, "run.scheduler", "epochs into rungs", "epochs: 30"),
+    (SIZE + "run: {scheduler: {name: asha, perturbation_interval: 2}}\n", 2, "run.scheduler.perturbation_interval",
+     "perturbation_interval (2) is for pbt, pb2, not for asha", "remove"),
+    (POPULATION + "run: {num_samples: 4, scheduler: {name: pbt, grace_period: 2}}\n", 6, "run.scheduler.grace_period",
+     "grace_period (2) is for asha, median, not for pbt", "remove"),
+    (POPULATION + "run: {num_samples: 4, scheduler: {name: pb2, resample_probability: 0.5}}\n", 6,
+     "run.scheduler.resample_probability", "is for pbt, not for pb2", "remove"),
+    (POPULATION + "run: {num_samples: 4, scheduler: {name: pbt, resample_probability: 1.5}}\n", 6,
+     "run.scheduler.resample_probability", "1.5", "at most 1"),
+    (POPULATION + "run: {num_samples: 4, scheduler: {name: pbt, quantile_fraction: 0.6}}\n", 6,
+     "run.scheduler.quantile_fraction", "0.6", "at most 0.5"),
+    (POPULATION + "run: {num_samples: 4, scheduler: {name: pbt, perturbation_interval: 9}}\n", 6,
+     "run.scheduler.perturbation_interval", "9 epochs are not less than a trial's 9", "at most 8"),
+    (SIZE + LR + "train: {epochs: 3}\nrun: {num_samples: 4, scheduler: pbt}\n", 6, "run.scheduler.perturbation_interval",
+     "5 epochs are not less than a trial's 3", "at most 2"),
+    (SIZE + LR + "run: {num_samples: 4, scheduler: pbt}\n", 5, "run.scheduler.perturbation_interval", "trial's 1", "more epochs"),
+    (POPULATION + "run: {num_samples: 4, scheduler: pbt, search: optuna}\n", 6, "run.search", "optuna cannot choose", "pbt"),
+    (POPULATION + "run: {num_samples: 4, scheduler: pb2, max_concurrent: 2}\n", 6, "run.max_concurrent", "pb2 compares", "turns"),
+    (POPULATION + "run: {scheduler: pbt}\n", 6, "run.num_samples", "there is one", "8"),
+    (SIZE + "train: {epochs: 9}\ngrid_search: {grid: {a: [1, 2]}}\nrun: {scheduler: pbt}\n", 4, "run.scheduler",
+     "no grid key to perturb", "loguniform"),
+    (POPULATION + "    model.type: [a, b]\nrun: {num_samples: 4, scheduler: pbt}\n", 6, "grid_search.grid.model.type",
+     "may not change while a trial trains, and pbt", "one value"),
+    (POPULATION + "    model.dropout: {uniform: [0, 1]}\nrun: {num_samples: 4, scheduler: pb2}\n", 6,
+     "grid_search.grid.model.dropout", "may not change while a trial trains, and pb2", "one value"),
+    (POPULATION + "    hp.batch_size: {randint: [1, 9]}\nrun: {num_samples: 4, scheduler: pbt}\n", 6,
+     "grid_search.grid.hp.batch_size", "may not change", "one value"),
+    (POPULATION + "    batch.effective_batch_size: [8, 16]\nrun: {num_samples: 4, scheduler: pbt}\n", 6,
+     "grid_search.grid.batch.effective_batch_size", "may not change", "one value"),
+    (SIZE + "train: {epochs: 9}\ngrid_search:\n  grid:\n    lr: {uniform: [0, 1]}\n    hp: [{batch_size: 2}, {batch_size: 4}]\n"
+     "run: {num_samples: 4, scheduler: pbt}\n", 6, "grid_search.grid.hp", "may not change", "one value"),
+    (POPULATION + "    a/b: [1, 2]\nrun: {num_samples: 4, scheduler: pb2}\n", 6, "grid_search.grid.a/b", "slash", "rename"),
 ]  # fmt: skip
 
 
@@ -208,7 +271,7 @@ def test_all_faults_come_at_once_in_the_files_order(tmp_path: Path) -> None:
     text = (
         "run: {mode: up, metric: 5}\n"
         "nam: x\n"
-        "trial: {num_workers: 3}\n"
+        "trial: {num_workers: 0}\n"
         "config:\n"
         "  eval: 1\n"
         "  hp: {batch_size: 1.0}\n"
@@ -257,17 +320,27 @@ def test_the_defaults(tmp_path: Path) -> None:
             "search": "confirm",
             "start": None,
             "probe_timeout": 600.0,
+            "exact": "warn",
         },
         "train": {
-            "epochs": 1,
+            "epochs": None,
+            "num_samples": None,
+            "num_steps": None,
             "patience": None,
             "clip_norm": None,
+            "lr_scaling": "none",
+            "base_batch_size": None,
+            "warmup_steps": 0,
+            "noise_scale": False,
             "seed": 0,
             "precision": "fp32",
             "function": None,
             "loader_workers": 0,
         },
-        "trial": {"resources": {"cpu": 1.0, "gpu": 0.0, "custom": {}}, "num_workers": 1},
+        "trial": {
+            "resources": {"cpu": 1.0, "gpu": 0.0, "accelerator_type": None, "custom": {}},
+            "num_workers": 1,
+        },
         "run": {
             "metric": "val_loss",
             "mode": "min",
@@ -298,7 +371,7 @@ grid_search:
   pair: [[model.type, train.clip_norm], [blocks, batch.memory_budget]]
 batch: {effective_batch_size: 128, memory_budget: 24GiB, probe: off, search: grow, start: 2, probe_timeout: 5}
 train: {epochs: 30, patience: 7, clip_norm: 1, seed: 3, precision: bf16, function: my.mod:f, loader_workers: 2}
-trial: {resources: {cpu: 2, gpu: 0.5, custom: {TPU: 1}}, num_workers: 1}
+trial: {resources: {cpu: 2, gpu: 0.5, accelerator_type: T4, custom: {TPU: 1}}, num_workers: 1}
 run: {metric: val_accuracy, mode: max, storage: /x, num_samples: 3, scheduler: asha, max_concurrent: 2, working_dir: .}
 """
 
@@ -324,12 +397,48 @@ def test_a_full_file_is_read_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("run", "resolved"),
+    [
+        ("{scheduler: {name: asha, reduction_factor: 2}}", {"grace_period": 1, "reduction_factor": 2}),
+        ("{scheduler: median}", {"grace_period": 1, "min_samples": 3}),
+        ("{scheduler: hyperband, num_samples: 8, search: optuna}", {"reduction_factor": 3}),
+        ("{scheduler: bohb, num_samples: 8, search: bohb, max_concurrent: 2}", {"reduction_factor": 3}),
+        (
+            "{scheduler: pbt, num_samples: 8}",
+            {"perturbation_interval": 5, "quantile_fraction": 0.25, "resample_probability": 0.25},
+        ),
+        (
+            "{scheduler: {name: pb2, perturbation_interval: 8}, num_samples: 8}",
+            {"perturbation_interval": 8, "quantile_fraction": 0.25},
+        ),
+    ],
+)
+def test_a_scheduler_has_its_own_settings_with_rays_defaults(
+    tmp_path: Path, run: str, resolved: dict[str, Any]
+) -> None:
+    config = load(tmp_path, POPULATION + f"run: {run}\n")
+    assert config.run.scheduler is not None
+    assert list(config.run.scheduler.resolved().items())[1:] == list(resolved.items())
+    assert load_config(config.resolved()) == config
+
+
+def test_a_population_may_differ_in_what_a_checkpoint_does_not_hang_on(tmp_path: Path) -> None:
+    fixed = "    model.type: [a]\n    batch.start: {choice: [4]}\n"
+    varied = "    hp: [{momentum: 0.5}, {momentum: 0.9}]\n    train.seed: [1, 2]\n"
+    text = POPULATION.replace("hp.lr", "optimizer.lr") + fixed + varied
+    config = load(tmp_path, text + "run: {scheduler: pbt}\n")
+    assert num_trials(config) == 4
+
+
+@pytest.mark.parametrize(
     "text",
     [
         FULL,
         SIZE,
         SIZE + "run: {scheduler: {name: median, grace_period: 3}}\ntrain: {epochs: 3}\n",
         SIZE + "grid_search: {pair: none}\n",
+        SIZE + "train: {num_samples: 1000, lr_scaling: sqrt, base_batch_size: 64, warmup_steps: 5}\n",
+        SIZE + "grid_search: {grid: {train.num_steps: [10, 20]}}\n",
     ],
 )
 def test_the_resolved_config_can_be_stored_and_read_again(tmp_path: Path, text: str) -> None:

@@ -41,8 +41,13 @@ DOCS = [
     "CONTRIBUTING.md",
 ]
 PAGES = [*DOCS, "CHANGELOG.md"]
+OPTIONAL_PACKAGES = {"docs/accumulation.md": ("lightning_fabric", "accelerate")}
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 Check = Callable[[str], None]
+PROGRAMS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+}
 
 
 # What cannot run in a test, why, and what is checked of it instead.
@@ -263,6 +268,10 @@ def run_command(command: str, exit_code: int) -> str:
         NOT_RUN[command][1](command)
         return ""
     program, *arguments = shlex.split(with_real_runs(command))
+    if program in PROGRAMS:
+        done = subprocess.run([*PROGRAMS[program], *arguments], capture_output=True, text=True)
+        assert done.returncode == exit_code, f"{command}: exit code {done.returncode}\n{done.stderr}"
+        return done.stderr + done.stdout
     if arguments[0] == "run" and "--debug" not in arguments:
         arguments += ["--set", "run.max_concurrent=1"]  # the start of one actor less
     assert program == "tune-easytrain", f"neither run here nor listed in NOT_RUN: {command}"
@@ -356,7 +365,8 @@ class Workspace:
         assert block.language in RUNNERS, f"a block tagged {block.language!r}"
         if block.file_name is not None:
             Path(block.file_name).write_text(block.text + "\n")
-            used = (block.file_name, f"import {Path(block.file_name).stem}")
+            stem = Path(block.file_name).stem
+            used = (block.file_name, f"import {stem}", f"from {stem} import")
             assert any(name in other.text for other in later for name in used), (
                 f"{block.file_name} is not used"
             )
@@ -374,6 +384,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.mark.parametrize("doc", DOCS)
 def test_every_block_runs(doc: str, workspace: Workspace) -> None:
+    for package in OPTIONAL_PACKAGES.get(doc, ()):
+        pytest.importorskip(package)
     workspace.run("README.md")  # whose sweep the other pages look at
     workspace.run(doc)
 

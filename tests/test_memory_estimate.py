@@ -134,9 +134,3 @@ def test_the_largest_microbatch_of_two_gib_and_half_a_gib_a_sample(
 def test_no_peak_below_one_sample(size: int) -> None:
     with pytest.raises(ValueError, match=f"must be at least 1, got {size}"):
         estimate(phase(Line(1, 1))).peak_bytes(size)
-
-
-def test_a_line_for_people_names_the_highest_phase() -> None:
-    assert make_estimate(2, 0.5).describe(4) == "estimated peak 4.0 GiB in backward"
-    optimizer = estimate(phase(Line(2**30, 0)), phase(Line(2**31, 0), name="optimizer"))
-    assert optimizer.describe(1) == "estimated peak 2.0 GiB in optimizer"

@@ -11,7 +11,7 @@ from toys import make_settings
 from tune_easytrain import NotEnoughMemoryError
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.events import Event, Probed, Rescued
-from tune_easytrain.microbatch_search import find_limit
+from tune_easytrain.microbatch_search import find_limit, microbatch_limit
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.probe_cache import KnownSizes, LocalProbeCache, ProbeQuestion
 from tune_easytrain.protocol import Opened
@@ -51,6 +51,26 @@ class Device:
         return find_limit(
             self.attempt, make_settings(**settings), opened, self.events.append, self.cache, estimate
         )
+
+
+@pytest.mark.parametrize(
+    ("num_train_samples", "settings", "limit"),
+    [
+        (None, {"effective_batch_size": None}, None),
+        (None, {"effective_batch_size": None, "microbatch_limit": 7}, 7),
+        (None, {"effective_batch_size": 10, "num_workers": 3}, 4),
+        (100, {"effective_batch_size": 10, "num_workers": 3}, 4),
+        (5, {"effective_batch_size": 10, "num_workers": 3}, 2),
+        (100, {"effective_batch_size": 10, "num_workers": 3, "microbatch_limit": 3}, 3),
+        (100, {"effective_batch_size": 10, "num_workers": 3, "microbatch_limit": 30}, 4),
+        (2, {"effective_batch_size": 10, "num_workers": 3}, 1),
+    ],
+)
+def test_the_limit_is_the_largest_share_of_a_window(
+    num_train_samples: int | None, settings: dict[str, Any], limit: int | None
+) -> None:
+    opened = replace(OPENED, num_train_samples=num_train_samples)
+    assert microbatch_limit(make_settings(**settings), opened) == limit
 
 
 def test_one_trial_searches_and_the_others_confirm() -> None:

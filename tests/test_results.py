@@ -49,9 +49,11 @@ def epoch(number: int, accuracy: float, loss: float = 1.0) -> Reported:
         "optimizer_steps": 5 * number,
         "num_samples": 40 * number,
         "learning_rate": 0.1,
+        "gradient_noise_scale": 50.0 * number,
     }
     metrics |= {
         "samples_per_second": 20.0,
+        "data_wait_share": 0.25,
         "epoch_seconds": 2.5,
         "train_loss": loss,
         "val_accuracy": accuracy,
@@ -96,9 +98,11 @@ def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
         "peak_memory_bytes": 200,
         "num_rescues": 0,
         "samples_per_second": 20.0,
+        "data_wait_share": 0.25,
         "optimizer_steps": 10,
         "num_samples": 80,
         "learning_rate": 0.1,
+        "gradient_noise_scale": 100.0,
         "epochs": 2,
         "best_epoch": 1,
         "epoch_seconds": 2.5,

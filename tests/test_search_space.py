@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +20,14 @@ from tune_easytrain.search_space import (
     expand_trials,
     grid_keys,
     grid_points,
+    known_configs,
+    num_draws,
+    num_experiments,
     num_grid_points,
+    num_repeats,
     num_trials,
     param_space,
+    perturbed_keys,
     trial_config,
 )
 from tune_easytrain.sweep_plan import build_plan
@@ -58,7 +64,7 @@ def test_nine_models_are_paired_one_to_one() -> None:
         "hp": {"batch_size": 32, "learning_rate": 0.001},
         "optimizer": {"name": "adam"},
         "batch": nine().resolved()["batch"],
-        "train": nine().resolved()["train"],
+        "train": {**nine().resolved()["train"], "epochs": 1},
     }
 
 
@@ -153,7 +159,7 @@ def test_constants_lie_under_trial_values_and_nothing_is_shared() -> None:
     assert second["tags"] == ["x"]
     assert expand_trials(config)[0]["model"]["blocks"] == [1]
     assert config.config["tags"] == ["x"]
-    assert config.train.epochs == 1
+    assert config.train.epochs is None
 
 
 def test_sections_are_overridden_per_trial() -> None:
@@ -204,6 +210,94 @@ def test_param_space_is_one_grid_search_in_order_and_one_domain_per_drawn_key() 
         assert trial["c"] in ({"k": 1}, [2], "x")
     empty = [variant for _, variant in generate_variants(param_space(sweep({})))]
     assert empty == [{"point": ()}]
+
+
+CHOSEN = {
+    "model.type": ["a", "b", "c"],
+    "hp.batch_size": [4, 8, 16],
+    "optimizer": {"choice": [{"name": "sgd"}, ["adam"], None]},
+    "hp.lr": {"loguniform": [1e-5, 1e-2]},
+    "k": {"randint": [3, 5]},
+    "one": {"choice": ["x"]},
+    "seven": {"randint": [7, 8]},
+    "fixed": [1.5],
+}
+
+
+def chosen(**sections: Any) -> SweepConfig:
+    return sweep(CHOSEN, run={"search": "optuna", "num_samples": 5}, **sections)
+
+
+def test_a_search_algorithm_knows_points_and_choices_by_number_and_what_cannot_vary_not_at_all() -> None:
+    from ray.tune.search.sample import Categorical, Domain
+    from ray.tune.search.variant_generator import generate_variants
+
+    config = chosen()
+    space = param_space(config, max_experiments=2)
+    domains = {key: value for key, value in space.items() if isinstance(value, Domain)}
+    assert list(domains) == ["point", "optimizer", "hp.lr", "k"]
+    assert (space["one"], space["seven"]) == (0, 7)
+    for key in ("point", "optimizer"):
+        assert isinstance(domains[key], Categorical)
+        assert domains[key].categories == [0, 1, 2]
+    alone = sweep({"a": [1], "b": {"uniform": [0, 1]}}, run={"search": "optuna", "num_samples": 2})
+    assert param_space(alone)["point"] == 0
+    (variant,) = (variant for _, variant in generate_variants(space))  # as `run --debug` draws them
+    assert build_trial_space(config).config_from_ray(variant)["model"]["type"] in ("a", "b", "c")
+
+
+@given(st.data())
+def test_a_chosen_trial_has_the_values_that_its_numbers_stand_for(data: st.DataObject) -> None:
+    config = chosen()
+    numbers = st.sampled_from([int, np.int64])
+    point, optimizer, number = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2)), data.draw(numbers)
+    params = {"point": number(point), "optimizer": number(optimizer), "one": number(0)}
+    params |= {"hp.lr": 1e-3, "k": 4, "seven": 7}
+    trial = build_trial_space(config).config_from_ray(params)
+    assert trial["model"]["type"] == "abc"[point]
+    assert trial["hp"] == {"batch_size": 4 * 2**point, "lr": 1e-3}
+    assert trial["optimizer"] == CHOSEN["optimizer"]["choice"][optimizer]
+    assert (trial["k"], trial["one"], trial["seven"], trial["fixed"]) == (4, "x", 7, 1.5)
+    assert json.loads(json.dumps(trial)) == trial  # as the trial's events hold it
+
+
+def test_chosen_trials_are_counted_in_all_and_known_by_what_they_share() -> None:
+    config = chosen()
+    assert (num_trials(config), num_trials(config, 3), num_trials(config, 9)) == (5, 3, 5)
+    assert (num_experiments(config, 3), num_repeats(config), num_draws(config, 3)) == (3, 1, 3)
+    assert len(grid_points(config, 2)) == 3
+    known = list(known_configs(config, 2))
+    assert len(known) == 2
+    assert known[0] == known[1]
+    assert {key: known[0][key] for key in known[0] if key not in ("batch", "train")} == {"fixed": 1.5}
+
+
+def test_random_trials_are_known_but_for_what_is_drawn() -> None:
+    config = sweep({"m": ["a", "b"], "hp.lr": {"uniform": [0, 1]}}, run={"num_samples": 2})
+    assert [known["m"] for known in known_configs(config)] == ["a", "b", "a", "b"]
+    assert [known["m"] for known in known_configs(config, 1)] == ["a", "a"]
+    assert (num_experiments(config, 1), num_repeats(config), num_draws(config, 1)) == (1, 2, 2)
+    assert "hp" not in next(known_configs(config))
+
+
+def test_the_plan_says_what_a_search_algorithm_does() -> None:
+    plan = build_plan(chosen())
+    assert (plan.num_trials, len(plan.trials), plan.num_cartesian_trials) == (5, 3, 5)
+    assert plan.hours(2) == (10, 10)
+    assert plan.describe()[1:] == [
+        "5 trials; optuna chooses each one's grid point out of 3, and draws optimizer, hp.lr, k, one, seven."
+    ]
+    assert build_plan(chosen(), max_experiments=2).describe()[1].startswith("2 of 5 trials; optuna chooses")
+    alone = sweep({"a": [1], "b": {"uniform": [0, 1]}}, run={"search": "optuna", "num_samples": 7})
+    assert build_plan(alone).describe()[1:] == ["7 trials; optuna draws b."]
+
+
+def test_the_plan_says_what_a_population_changes() -> None:
+    grid = {"lr": {"loguniform": [1e-5, 1]}, "momentum": {"uniform": [0, 1]}, "name": {"choice": ["a", "b"]}}
+    config = sweep(grid, train={"epochs": 9}, run={"num_samples": 4, "scheduler": "pbt"})
+    assert build_plan(config).describe()[-1] == "pbt changes lr, momentum while trials train."
+    assert perturbed_keys(config) == ("lr", "momentum")
+    assert perturbed_keys(sweep(grid)) == ()
 
 
 def test_trial_space_needs_neither_pydantic_nor_ray_on_a_worker() -> None:
@@ -278,5 +372,6 @@ def test_samples_and_a_cut_together_are_said() -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_a_bad_number_of_experiments_is_refused(number: Any) -> None:
-    with pytest.raises(BadInputError, match=f"max_experiments is {number}"):
-        grid_points(nine(), number)
+    for count in (grid_points, num_experiments, num_trials):
+        with pytest.raises(BadInputError, match=f"max_experiments is {number}"):
+            count(nine(), number)

@@ -9,10 +9,13 @@ from toys import make_settings
 from tune_easytrain.config import load_config
 from tune_easytrain.search_space import expand_trials
 from tune_easytrain.settings import TrialSettings
+from tune_easytrain.training_budget import TrainingBudget
 
 
-def from_sweep(hp: dict[str, Any], batch: dict[str, Any]) -> TrialSettings:
-    config = load_config({"config": {"hp": hp}, "batch": batch, "train": {"epochs": 3, "clip_norm": 1.5}})
+def from_sweep(
+    hp: dict[str, Any], batch: dict[str, Any], train: dict[str, Any] | None = None
+) -> TrialSettings:
+    config = load_config({"config": {"hp": hp}, "batch": batch, "train": train or {}})
     (trial,) = expand_trials(config)
     return TrialSettings.from_config(trial, metric="val_loss", mode="min")
 
@@ -35,9 +38,12 @@ def test_hp_batch_size_is_the_limit_beside_an_effective_size_and_that_size_witho
 def test_every_setting_of_the_sweep_arrives() -> None:
     batch = {
         "effective_batch_size": 8, "memory_fraction": 0.5, "memory_budget": "2GiB", "probe": "off",
-        "search": "grow", "start": 3, "probe_timeout": 7.0,
+        "search": "grow", "start": 3, "probe_timeout": 7.0, "exact": "required",
     }  # fmt: skip
-    settings = from_sweep({}, batch)
+    train = {
+        "clip_norm": 1.5, "lr_scaling": "sqrt", "base_batch_size": 4, "warmup_steps": 9, "noise_scale": True,
+    }  # fmt: skip
+    settings = from_sweep({}, batch, train)
     assert settings == make_settings(
         effective_batch_size=8,
         memory_fraction=0.5,
@@ -46,10 +52,32 @@ def test_every_setting_of_the_sweep_arrives() -> None:
         search="grow",
         start=3,
         probe_timeout_seconds=7.0,
-        epochs=3,
+        exact="required",
+        epochs=1,
         clip_norm=1.5,
+        lr_scaling="sqrt",
+        base_batch_size=4,
+        warmup_steps=9,
+        noise_scale=True,
         metric="val_loss",
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "budget"),
+    [
+        ({}, TrainingBudget("epochs", 1)),
+        ({"epochs": 3}, TrainingBudget("epochs", 3)),
+        ({"num_samples": 3}, TrainingBudget("samples", 3)),
+        ({"num_steps": 3}, TrainingBudget("steps", 3)),
+    ],
+)
+def test_the_budget_is_the_one_that_is_given_and_else_one_epoch(
+    train: dict[str, Any], budget: TrainingBudget
+) -> None:
+    settings = from_sweep({}, {"effective_batch_size": 8}, train)
+    assert settings.budget == budget
+    assert settings.epochs == (budget.amount if budget.unit == "epochs" else None)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def test_learning_rate_batch_sizes_seed_and_epochs_make_no_difference() -> None:
     assert signature == sign(config=make_config(hp={"seed": 3}, batch={"effective_batch_size": 9}))
     assert signature == sign(effective_batch_size=1000, microbatch_limit=3, seed=1, epochs=9, patience=2)
     assert signature == sign(memory_budget_bytes=1, metric="val_loss", probe_timeout_seconds=1.0)
+    assert signature == sign(lr_scaling="sqrt", base_batch_size=4, warmup_steps=5, exact="required")
+    assert signature == sign(epochs=None, num_samples=9, noise_scale=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from toys import make_settings
 
 from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, train_loop
 from tune_easytrain.accumulate import accumulate_gradients
-from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.errors import InexactBatchError, OutOfMemoryInTrainingError
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged, Report
@@ -48,7 +48,13 @@ class Driven:
 
 
 def drive(
-    task: Task | None, folder: Path, *, limit: int = 100, checkpoint: Path | None = None, **settings: Any
+    task: Task | None,
+    folder: Path,
+    *,
+    limit: int = 100,
+    checkpoint: Path | None = None,
+    is_near_edge: bool = False,
+    **settings: Any,
 ) -> Driven:
     """Train on the CPU with micro-batches of at most `limit` samples."""
     folder.mkdir(exist_ok=True)
@@ -74,6 +80,7 @@ def drive(
         scratch_dir=folder,
         checkpoint_path=checkpoint,
         send=take,
+        is_near_edge=is_near_edge,
     )
     train({}, context)
     return driven
@@ -132,6 +139,188 @@ def test_the_gradient_of_the_whole_window_is_clipped(tmp_path: Path) -> None:
     driven = drive(task, tmp_path, limit=5, effective_batch_size=37, epochs=1, clip_norm=0.01)
     moved = torch.cat([(driven.weights[name] - before[name]).flatten() for name in before])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+RATES = torch.optim.lr_scheduler
+
+
+def rates_of_steps(folder: Path, **changes: Any) -> tuple[list[float], Driven]:
+    """The learning rate that every optimizer step had, as the optimizer saw it."""
+    seen: list[float] = []
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        built = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        built.register_step_pre_hook(lambda self, *_: seen.append(self.param_groups[0]["lr"]))
+        return built
+
+    scheduler = changes.pop("scheduler", None)
+    driven = drive(make_task(optimizer=optimizer, scheduler=scheduler), folder, **changes)
+    return seen, driven
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 2.5), ("sqrt", 2.5**0.5)])
+def test_the_rate_is_scaled_to_the_effective_batch_size_before_the_scheduler_begins(
+    tmp_path: Path, scaling: str, factor: float
+) -> None:
+    seen, driven = rates_of_steps(
+        tmp_path,
+        scheduler=lambda optimizer: RATES.StepLR(optimizer, 1, gamma=0.5),
+        effective_batch_size=10,
+        epochs=1,
+        limit=3,
+        lr_scaling=scaling,
+        base_batch_size=4,
+    )
+    assert seen == pytest.approx([0.1 * factor * 0.5**step for step in range(4)])
+    assert driven.last["learning_rate"] == pytest.approx(0.1 * factor * 0.5**4)
+
+
+def test_the_warmup_multiplies_what_the_scheduler_says_and_leaves_its_state_alone(tmp_path: Path) -> None:
+    """This scheduler computes each rate from the one before."""
+    options: dict[str, Any] = {
+        "scheduler": lambda optimizer: RATES.CosineAnnealingLR(optimizer, 8),
+        "effective_batch_size": 10,
+        "epochs": 2,
+    }
+    cold, _ = rates_of_steps(tmp_path / "cold", **options)
+    warm, driven = rates_of_steps(tmp_path / "warm", warmup_steps=6, **options)
+    factors = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0, 1.0]
+    assert warm == [rate * factor for rate, factor in zip(cold, factors, strict=True)]
+    assert driven.reports[0].metrics["learning_rate"] == pytest.approx(cold[4] * 5 / 6)
+    resumed, _ = rates_of_steps(
+        tmp_path / "resumed", warmup_steps=6, checkpoint=driven.checkpoints[0], **options
+    )
+    assert resumed == warm[4:]
+
+
+def test_a_scaled_rate_is_not_scaled_again_by_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "effective_batch_size": 10, "epochs": 2, "lr_scaling": "linear", "base_batch_size": 5
+    }  # fmt: skip
+    _, whole = rates_of_steps(tmp_path / "whole", **options)
+    seen, _ = rates_of_steps(tmp_path / "resumed", checkpoint=whole.checkpoints[0], **options)
+    assert seen == [0.2] * 4
+
+
+class Seen:
+    """Which samples a task has trained on, window by window; each sample's first number is its own."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+
+    def task(self) -> Task:
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            if model.training:
+                self.samples += batch[0][:, 0].tolist()
+            return cross_entropy(model, batch)
+
+        return make_task(loss=loss, val_data=lambda: make_data(5, seed=1))
+
+
+@pytest.mark.parametrize("num_samples", [9, 37, 50, 100])
+def test_trials_of_any_effective_batch_size_see_the_same_samples_of_a_budget(
+    tmp_path: Path, num_samples: int
+) -> None:
+    seen = {}
+    for effective in (4, 10, 37):
+        watched = Seen()
+        driven = drive(
+            watched.task(),
+            tmp_path / str(effective),
+            effective_batch_size=effective,
+            limit=3,
+            epochs=None,
+            num_samples=num_samples,
+        )
+        epochs = -(-num_samples // 37)
+        assert driven.last["num_samples"] == num_samples == len(watched.samples)
+        assert (driven.last["epoch"], len(driven.reports)) == (epochs, epochs)
+        assert "val_loss" in driven.last  # an epoch that ends inside is evaluated, too
+        assert driven.reports[-1].reason == f"all {num_samples} samples seen"
+        assert [report.is_final for report in driven.reports] == [False] * (epochs - 1) + [True]
+        seen[effective] = watched.samples
+    assert seen[4] == seen[10] == seen[37]
+
+
+def test_a_budget_of_steps_ends_inside_an_epoch_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "limit": 4, "epochs": None, "num_steps": 6}
+    whole = drive(make_random_task(), tmp_path / "whole", **options)
+    assert [report.metrics["optimizer_steps"] for report in whole.reports] == [4, 6]
+    assert whole.last["num_samples"] == 37 + 20
+    assert whole.reports[-1].reason == "all 6 optimizer steps done"
+    resumed = drive(make_random_task(), tmp_path / "resumed", checkpoint=whole.checkpoints[0], **options)
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+    again = drive(make_random_task(), tmp_path / "again", checkpoint=whole.checkpoints[1], **options)
+    (report,) = again.reports
+    assert (report.metrics, report.is_final) == (whole.last, True)
+
+
+def expected_noise_scale(limit: int, num_epochs: int) -> float:
+    """The noise scale of `make_task` with steps of ten samples, from each micro-batch's own gradient."""
+    task = make_task()
+    seed_everything(make_settings().seed)
+    model = task.model()
+    optimizer = task.optimizer(model)
+    loader = EpochLoader(task, task.train_data(), CPU, seed=make_settings().seed, num_workers=0)
+
+    def gradient(batch: Any) -> Tensor:
+        parts = torch.autograd.grad(cross_entropy(model, batch), list(model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    noise_average = signal_average = 0.0
+    for epoch in range(num_epochs):
+        windows = loader.windows(10, epoch)
+        for index in range(len(windows)):
+            parts = list(windows.read(index, BatchPlan.build(10, limit)))
+            sizes = [len(part[0]) for part in parts]
+            gradients = [gradient(part) for part in parts]
+            mean = sum(n * g for n, g in zip(sizes, gradients, strict=True)) / sum(sizes)
+            between = sum(n * (g - mean).square().sum() for n, g in zip(sizes, gradients, strict=True))
+            noise = float(between) / (len(parts) - 1)
+            noise_average = 0.99 * noise_average + 0.01 * noise
+            signal_average = 0.99 * signal_average + 0.01 * (float(mean.square().sum()) - noise / sum(sizes))
+            accumulate_gradients(model, cross_entropy, parts)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+    return noise_average / signal_average
+
+
+NOISE_OPTIONS: dict[str, Any] = {"effective_batch_size": 10, "epochs": 2, "limit": 4, "noise_scale": True}
+
+
+def test_the_noise_scale_is_that_of_the_unclipped_microbatches(tmp_path: Path) -> None:
+    """Of windows of ten samples as 4, 3 and 3, and of the last one of seven as 4 and 3."""
+    driven = drive(make_task(), tmp_path / "on", clip_norm=0.05, **NOISE_OPTIONS)
+    for num_epochs, report in enumerate(driven.reports, start=1):
+        expected = expected_noise_scale(4, num_epochs)
+        assert report.metrics["gradient_noise_scale"] == pytest.approx(expected, rel=1e-8)
+    without = drive(make_task(), tmp_path / "off", clip_norm=0.05, **{**NOISE_OPTIONS, "noise_scale": False})
+    assert "gradient_noise_scale" not in without.last
+    for name, weight in driven.weights.items():
+        assert torch.equal(weight, without.weights[name]), name
+
+
+def noise_state(driven: Driven) -> dict[str, float]:
+    state: dict[str, float] = torch.load(driven.checkpoints[-1], weights_only=True)["noise_scale"]
+    return state
+
+
+def test_the_noise_scale_goes_on_after_a_resume_and_counts_a_rescued_window_once(tmp_path: Path) -> None:
+    whole = drive(make_task(), tmp_path / "whole", **NOISE_OPTIONS)
+    resumed = drive(make_task(), tmp_path / "resumed", checkpoint=whole.checkpoints[0], **NOISE_OPTIONS)
+    assert noise_state(resumed) == noise_state(whole)
+    options = {**NOISE_OPTIONS, "limit": 2}
+    faults = Faults(("forward", 3))  # the first window's last micro-batch, so that all are halved
+    rescued = drive(faults.task(val_data=None), tmp_path / "rescued", **NOISE_OPTIONS)
+    assert rescued.last["num_rescues"] == 1
+    smaller = drive(make_task(), tmp_path / "smaller", **options)
+    assert noise_state(rescued) == pytest.approx(noise_state(smaller), rel=1e-8)
+
+
+def test_one_microbatch_has_no_noise_scale(tmp_path: Path) -> None:
+    driven = drive(make_task(), tmp_path, **{**NOISE_OPTIONS, "limit": 10})
+    assert "gradient_noise_scale" not in driven.last
 
 
 def flat_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -456,6 +645,32 @@ def make_normalized_task(faults: Faults | None = None) -> Task:
     )
 
 
+def test_a_rescue_that_ends_exactness_is_told_and_refused_where_it_is_required(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten samples at once are exact, two times five are not, for there is BatchNorm."""
+    options: dict[str, Any] = {"limit": 10, "effective_batch_size": 10, "epochs": 2}
+    driven = drive(make_normalized_task(Faults(("forward", 3), ("forward", 6))), tmp_path / "warn", **options)
+    assert driven.last["num_rescues"] == 2
+    (warning,) = [record for record in caplog.records if "BatchNorm1d (1) sees at most 5" in record.message]
+    assert warning.message.startswith("since memory ran out, gradients are not equal to one batch of 10")
+    with pytest.raises(InexactBatchError, match="BatchNorm1d"):
+        drive(
+            make_normalized_task(Faults(("forward", 3))), tmp_path / "required", exact="required", **options
+        )
+
+
+def test_required_exactness_refuses_before_anything_is_trained(tmp_path: Path) -> None:
+    faults = Faults()
+    with pytest.raises(InexactBatchError, match=r"batch\.exact: required"):
+        drive(make_normalized_task(faults), tmp_path, limit=5, effective_batch_size=10, exact="required")
+    assert faults.counts["forward"] == 0
+    whole = drive(
+        make_normalized_task(), tmp_path / "whole", limit=10, effective_batch_size=10, exact="required"
+    )
+    assert whole.last["epoch"] == 2
+
+
 @pytest.mark.parametrize("failing_call", [1, 2, 4, 5, 8])
 @pytest.mark.parametrize("loader_workers", [0, 1])
 def test_statistics_and_random_state_are_those_of_the_windows_start_plus_one_pass(
@@ -550,8 +765,19 @@ def test_a_long_training_keeps_the_plan_that_was_fastest_in_its_first_windows(
         assert torch.equal(weight, driven.weights[name]), name
 
 
+BUDGET: dict[str, Any] = {"epochs": None}
+
+
 @pytest.mark.parametrize(
-    ("num_samples", "options"), [(500, {"probe": "off"}), (480, {}), (500, {"limit": 4})]
+    ("num_samples", "options"),
+    [
+        (500, {"probe": "off"}),
+        (480, {}),
+        (500, {"limit": 4}),
+        (2000, {**BUDGET, "num_steps": 120}),
+        (2000, {**BUDGET, "num_samples": 480}),
+        (6, {**BUDGET, "num_steps": 240}),  # two steps an epoch, of which the second is short
+    ],
 )
 def test_a_given_size_a_short_training_and_a_single_step_are_left_as_they_are(
     tmp_path: Path,
@@ -563,6 +789,24 @@ def test_a_given_size_a_short_training_and_a_single_step_are_left_as_they_are(
     driven = drive(task, tmp_path, **{"effective_batch_size": 4, "limit": 2, "epochs": 1, **options})
     assert driven.changes == []
     assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("couples_samples", [False, True])
+def test_one_exact_step_is_not_given_up_for_speed_where_more_would_not_be(
+    tmp_path: Path, timed_task: Callable[[], tuple[Task, list[int]]], couples_samples: bool
+) -> None:
+    """Near the edge of memory two single samples are faster than a micro-batch of two."""
+    task = replace(timed_task()[0], couples_samples=couples_samples)
+    driven = drive(task, tmp_path, effective_batch_size=2, limit=2, epochs=1, is_near_edge=True)
+    assert [change.accumulation_steps for change in driven.changes] == ([] if couples_samples else [2])
+
+
+def test_a_budget_of_samples_may_be_a_long_training(
+    tmp_path: Path, timed_task: Callable[..., tuple[Task, list[int]]]
+) -> None:
+    task, _ = timed_task(2000)
+    driven = drive(task, tmp_path, **{**BUDGET, "num_samples": 500, "effective_batch_size": 4, "limit": 2})
+    assert [change.accumulation_steps for change in driven.changes] == [4]
 
 
 def test_a_rescue_ends_the_timing(tmp_path: Path, timed_task: Callable[[], tuple[Task, list[int]]]) -> None:

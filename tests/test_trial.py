@@ -13,7 +13,7 @@ from toys import Ones, build_hungry_task, build_task, build_uneven_task, make_co
 
 from tune_easytrain import NotEnoughMemoryError, Task
 from tune_easytrain.child_process import slow_modules_in_use
-from tune_easytrain.errors import ChildDiedError, MetricError
+from tune_easytrain.errors import ChildDiedError, InexactBatchError, MetricError
 from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started, TrainingEnded
 from tune_easytrain.probe import Outcome
 from tune_easytrain.protocol import PlanChanged, Report
@@ -92,6 +92,49 @@ def test_a_resumed_trial_confirms_the_size_it_had_and_goes_on_as_if_undisturbed(
     assert resumed.event(Probed).microbatch_size == 3
     for name in ("epoch", "train_loss", "val_loss", "val_accuracy", "num_samples"):
         assert report.metrics[name] == second.metrics[name]
+
+
+def build_normalized_task(config: dict[str, Any]) -> Task:
+    """The small classifier with BatchNorm in it."""
+    model = lambda: torch.nn.Sequential(  # noqa: E731
+        torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+    )
+    return replace(build_task(config), model=model)
+
+
+@pytest.mark.parametrize("metric", ["train_loss", "val_loss"])
+def test_batch_norm_under_accumulation_is_said_once(metric: str) -> None:
+    trial = start(build_normalized_task, microbatch_limit=3, metric=metric)
+    assert len(list(trial.reports)) == 2
+    assert trial.event(Planned).warning == (
+        "gradients are not equal to one batch of 8: BatchNorm1d (1) sees at most 3 samples at a time; exact: "
+        "GroupNorm, or one micro-batch (on a larger device, or with a smaller effective batch size)"
+    )
+
+
+def test_exactness_that_is_required_refuses_the_trial_before_training() -> None:
+    trial = start(build_normalized_task, microbatch_limit=3, exact="required")
+    with pytest.raises(InexactBatchError, match=r"batch\.exact: required"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Probed, Failed]
+    assert trial.event(Failed).error.startswith("InexactBatchError: batch.exact: required, but gradients are")
+
+
+def test_one_micro_batch_is_exact_also_with_batch_norm() -> None:
+    trial = start(build_normalized_task, exact="required")
+    assert len(list(trial.reports)) == 2
+    assert trial.event(Planned).warning == ""
+
+
+def test_an_exact_trial_that_is_rescued_into_an_inexact_one_fails_where_that_is_required() -> None:
+    def build(config: dict[str, Any]) -> Task:
+        return replace(build_uneven_task(config), couples_samples=True)
+
+    options: dict[str, Any] = {"memory_budget_bytes": 450 * 2**20, "epochs": 2}
+    trial = start(build, config={}, exact="required", **options)
+    with pytest.raises(InexactBatchError, match="the loss, which compares samples, sees at most 2"):
+        list(trial.reports)
+    assert trial.kinds() == [Started, Probed, Planned, Rescued, Rescued, Failed]
 
 
 def report_pid_for_ever(config: dict[str, Any], trial: Any) -> None:

@@ -81,6 +81,7 @@ def test_a_killed_process_is_told_and_not_waited_for() -> None:
         {"optimizer": {"lr": 3.0}},
         {"batch": {"effective_batch_size": 3}},
         {"train": {**TRAIN, "seed": 3, "epochs": 3}},
+        {"train": {**TRAIN, "num_steps": 3, "lr_scaling": "sqrt", "base_batch_size": 4, "noise_scale": True}},
     ],
 )
 def test_learning_rates_batch_sizes_and_seeds_make_no_other_estimate(changes: dict[str, Any]) -> None:

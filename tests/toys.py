@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ def make_data(num_samples: int, seed: int = 0) -> TensorDataset:
 
 
 def build_task(config: dict[str, Any]) -> Task:
-    """A small classifier. `data.num_samples`, `model.type`, `hp.learning_rate`; `toy.fault` breaks it."""
+    """A small classifier. `data.num_samples`, `model.type`, `hp.learning_rate`.
+
+    `toy.fault` breaks it, `toy.handicap` makes its loss that much larger.
+    """
     name = config["model"]["type"]
     if name not in WIDTHS:
         raise UnknownNameError("model.type", name, list(WIDTHS))
@@ -40,7 +45,7 @@ def build_task(config: dict[str, Any]) -> Task:
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         _misbehave(toy, model)
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) + toy.get("handicap", 0.0)
 
     return Task(
         model=lambda: nn.Sequential(
@@ -141,6 +146,16 @@ def build_uneven_task(config: dict[str, Any]) -> Task:
     return replace(build_hungry_task(config), model=UnevenModel, train_data=lambda: Uneven(24))
 
 
+def build_uneven_ranks_task(config: dict[str, Any]) -> Task:
+    """A hungry task whose samples need twice the memory in the rank that first writes `toy.marker`."""
+    family = str(os.getppid())  # the forkserver: the same for all children of a rank
+    marker = Path(config["toy"]["marker"])
+    with contextlib.suppress(FileExistsError), marker.open("x") as file:
+        file.write(family)
+    factor = 2 if marker.read_text() == family else 1
+    return build_hungry_task({**config, "model": {"bytes_per_sample": factor * BYTES_PER_SAMPLE}})
+
+
 def make_settings(**changes: Any) -> TrialSettings:
     """The settings of a small trial, as a sweep file would have filled them in."""
     values: dict[str, Any] = {
@@ -152,9 +167,16 @@ def make_settings(**changes: Any) -> TrialSettings:
         "search": "confirm",
         "start": None,
         "probe_timeout_seconds": 60.0,
+        "exact": "warn",
         "epochs": 2,
+        "num_samples": None,
+        "num_steps": None,
         "patience": None,
         "clip_norm": None,
+        "lr_scaling": "none",
+        "base_batch_size": None,
+        "warmup_steps": 0,
+        "noise_scale": False,
         "seed": 0,
         "precision": "fp32",
         "loader_workers": 0,

@@ -57,7 +57,7 @@ class BatchPlan:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < num_workers:
             raise ValueError(f"rank must be from 0 to {num_workers - 1}, got {rank}")
-        fewest_steps = -(-_largest_share(effective_batch_size, num_workers) // microbatch_limit)
+        fewest_steps = -(-largest_share(effective_batch_size, num_workers) // microbatch_limit)
         if accumulation_steps is None:
             accumulation_steps = fewest_steps
         elif accumulation_steps < fewest_steps:
@@ -124,7 +124,8 @@ def _share(num_samples: int, num_workers: int, rank: int) -> int:
     return num_samples // num_workers + (rank < num_samples % num_workers)
 
 
-def _largest_share(num_samples: int, num_workers: int) -> int:
+def largest_share(num_samples: int, num_workers: int) -> int:
+    """Return the most samples that one of the workers has of a window."""
     return _share(num_samples, num_workers, 0)
 
 

@@ -83,9 +83,11 @@ def main() -> NoReturn:
 def validate(file: File, overrides: Overrides = None) -> None:
     """Check a sweep file: its keys and values, its task, and that every model it names can be built."""
     config = _load(file, overrides)
+    from tune_easytrain.optional_packages import check_packages
     from tune_easytrain.search_space import num_trials
     from tune_easytrain.task_source import load_sweep_functions
 
+    check_packages(config)
     task, _ = load_sweep_functions(config)
     num_models = 0 if task is None else _check_models(config, task)
     _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")

@@ -11,6 +11,7 @@ from typing import Any
 from tune_easytrain.config_issues import Issue
 from tune_easytrain.errors import did_you_mean
 from tune_easytrain.grid import BATCH_SIZE_KEY
+from tune_easytrain.run_checks import run_issues
 from tune_easytrain.yaml_source import YamlPath
 
 _PAIR_PATH: YamlPath = ("grid_search", "pair")
@@ -24,7 +25,9 @@ def sweep_issues(data: Mapping[str, Any]) -> Iterator[Issue]:
     yield from _constant_issues(_mapping(data, "config"), grid)
     yield from _batch_size_issues(data, grid)
     yield from _probe_issues(data, grid)
-    yield from _run_issues(data, grid)
+    yield from _budget_issues(data, grid)
+    yield from _rate_issues(data, grid)
+    yield from run_issues(_mapping(data, "run"), grid, _max_epochs(data, grid))
 
 
 def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -117,24 +120,49 @@ def _probe_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[
         yield Issue(("batch", "probe"), problem, "write batch: {probe: off}, or name a task")
 
 
-def _run_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
-    """Yield the faults of `run` that show only beside the other sections."""
-    run = _mapping(data, "run")
-    num_samples = run.get("num_samples")
-    has_distribution = any(isinstance(entry, dict) for entry in grid.values())
-    if type(num_samples) is int and num_samples > 1 and not has_distribution:
-        problem = f"{num_samples} samples of a grid without a distribution would repeat the same trials"
-        yield Issue(("run", "num_samples"), problem, "remove it, or draw a grid key from a distribution")
-    grace_period = _mapping(run, "scheduler").get("grace_period")
-    epochs = [value for value in _values(data, grid, "train", "epochs") if type(value) is int]
-    if type(grace_period) is int and epochs and grace_period > max(epochs) >= 1:
-        problem = (
-            f"{grace_period} is more than the {max(epochs)} epochs of a trial, so nothing would be stopped"
-        )
-        yield Issue(("run", "scheduler", "grace_period"), problem, f"give at most {max(epochs)}")
+def _budget_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if a trial would be told in two ways how much it is to train."""
+    given = {name: values[0] for name in _BUDGETS if (values := _integers(data, grid, "train", name))}
+    if len(given) > 1:
+        shown = " and ".join(f"train.{name} ({value})" for name, value in given.items())
+        remedy = f"keep one of {', '.join(given)}"
+        yield Issue(_place(grid, "train", [*given][-1]), f"{shown} each say how much is trained", remedy)
 
 
-_DEFAULTS: Mapping[tuple[str, str], Any] = {("batch", "probe"): "auto", ("train", "epochs"): 1}
+def _rate_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if learning rates are to be scaled from an unknown batch size, or never are."""
+    scalings = _values(data, grid, "train", "lr_scaling")
+    bases = _values(data, grid, "train", "base_batch_size")
+    scaling = next((value for value in scalings if value in ("linear", "sqrt")), None)
+    if scaling is not None and None in bases:
+        problem = f"is required: train.lr_scaling is {scaling}"
+        remedy = "give the effective batch size that the learning rate was chosen for"
+        yield Issue(("train", "base_batch_size"), problem, remedy)
+    if scalings in ([None], ["none"]) and bases != [None]:
+        problem = f"{bases[0]} has no effect, for train.lr_scaling is none"
+        remedy = "write lr_scaling: linear or sqrt, or remove it"
+        yield Issue(_place(grid, "train", "base_batch_size"), problem, remedy)
+
+
+def _place(grid: Mapping[str, Any], section: str, name: str) -> YamlPath:
+    """Return where a field of a section stands in the file: in the grid, or in the section."""
+    key = f"{section}.{name}"
+    return (*_GRID_PATH, key) if key in grid else (section, name)
+
+
+def _max_epochs(data: Mapping[str, Any], grid: Mapping[str, Any]) -> int | None:
+    """Return the most epochs of a trial; None where its budget is in samples or steps."""
+    if _integers(data, grid, "train", "num_samples") or _integers(data, grid, "train", "num_steps"):
+        return None
+    return max(_integers(data, grid, "train", "epochs"), default=1)
+
+
+_DEFAULTS: Mapping[tuple[str, str], Any] = {("batch", "probe"): "auto"}
+_BUDGETS = ("epochs", "num_samples", "num_steps")
+
+
+def _integers(data: Mapping[str, Any], grid: Mapping[str, Any], section: str, name: str) -> list[int]:
+    return [value for value in _values(data, grid, section, name) if type(value) is int]
 
 
 def _values(data: Mapping[str, Any], grid: Mapping[str, Any], section: str, name: str) -> list[Any]:

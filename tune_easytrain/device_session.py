@@ -13,6 +13,7 @@ import cloudpickle
 import torch
 
 from tune_easytrain import train_loop
+from tune_easytrain.batch_coupling import find_coupling
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import EstimateError, OutOfMemoryInTrainingError, TaskError
 from tune_easytrain.estimate import estimate_task
@@ -31,9 +32,12 @@ from tune_easytrain.protocol import (
     Opening,
     PlanChanged,
     Report,
+    StoreOpened,
     TrainRequest,
+    WorkerPlace,
 )
 from tune_easytrain.random_state import kept_random_state, seed_everything
+from tune_easytrain.rank_group import RankGroup
 from tune_easytrain.signature import task_signature
 from tune_easytrain.task import Task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
@@ -60,6 +64,8 @@ class DeviceSession:
             self._probed_task, self._task = self._open_data(self._task)
         # What building the model imports is not to count against a cap on the CPU: signing builds it before.
         self._signature = self._sign()
+        is_first = opening.budget_bytes is None
+        self._coupling = find_coupling(self._task) if self._task is not None and is_first else None
         self._is_near_edge = False
         self.memory = device_memory(self._device)
         self.budget_bytes = opening.budget_bytes or self.memory.budget_bytes(
@@ -79,6 +85,7 @@ class DeviceSession:
             metric_names=self._metric_names(),
             resumed_microbatch_limit=self._resumed_limit(),
             signature=self._signature,
+            coupling=self._coupling,
         )
 
     def attempt(self, microbatch_size: int) -> AttemptReply:
@@ -99,8 +106,15 @@ class DeviceSession:
         kept_bytes = self.memory.used_bytes() - used_before
         return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= most_bytes)
 
-    def train(self, microbatch_limit: int | None, send: Callable[[Report | PlanChanged], None]) -> None:
+    def train(
+        self,
+        microbatch_limit: int | None,
+        send: Callable[[Report | PlanChanged], None],
+        ranks: RankGroup | None = None,
+    ) -> None:
         """Run the training function to its end; `send` takes each report, and each new batch plan.
+
+        `ranks` are the workers that train together with this one (None: there are no others).
 
         Raises OutOfMemoryInTrainingError, with what to change, when memory runs out.
         """
@@ -108,19 +122,21 @@ class DeviceSession:
         if self._opening.function_payload is not None:
             function = cloudpickle.loads(self._opening.function_payload)
         checkpoint = self._opening.checkpoint_path
+        ranks = RankGroup() if ranks is None else ranks
         self.memory.release()
         self.memory.cap(self.budget_bytes)
         self.memory.reset_peak()
         context = TrialContext(
             task=self._task,
             device=self._device,
-            batch_plan=self._plan(microbatch_limit),
+            batch_plan=self._plan(microbatch_limit, ranks),
             settings=self._settings,
             memory=self.memory,
             scratch_dir=Path(self._opening.scratch_dir),
             checkpoint_path=None if checkpoint is None else Path(checkpoint),
             send=send,
             is_near_edge=self._is_near_edge,
+            ranks=ranks,
         )
         try:
             function(self._opening.config, context)
@@ -133,13 +149,19 @@ class DeviceSession:
                 "batch.probe: auto where it is off"
             ) from error
 
-    def _plan(self, microbatch_limit: int | None) -> BatchPlan | None:
+    def join(self, place: WorkerPlace, tell_port: Callable[[int], None]) -> RankGroup:
+        """Meet the workers that train together with this one."""
+        return RankGroup.join(place, self._device, tell_port)
+
+    def _plan(self, microbatch_limit: int | None, ranks: RankGroup) -> BatchPlan | None:
         effective = self._settings.effective_batch_size
         if effective is None or microbatch_limit is None:
             return None
         if self._num_train_samples is not None:
             effective = min(effective, self._num_train_samples)
-        return BatchPlan.build(effective, min(microbatch_limit, effective))
+        return BatchPlan.build(
+            effective, min(microbatch_limit, effective), num_workers=ranks.num_workers, rank=ranks.rank
+        )
 
     def _open_data(self, task: Task) -> tuple[Task, Task]:
         """Open the data before the memory that it takes on a CPU could count against the cap.
@@ -207,7 +229,12 @@ def serve(connection: Connection, opening: Opening | EstimateRequest) -> None:
         if isinstance(request, AttemptRequest):
             connection.send(session.attempt(request.microbatch_size))
         elif isinstance(request, TrainRequest):
-            session.train(request.microbatch_limit, send)
+            ranks = None
+            if request.place is not None:
+                ranks = session.join(request.place, lambda port: connection.send(StoreOpened(port)))
+            session.train(request.microbatch_limit, send, ranks)
+            if ranks is not None:
+                ranks.leave()
             connection.send(Finished())
             return
 

@@ -124,6 +124,10 @@ class OutOfMemoryInTrainingError(TuneEasyTrainError):
     """Memory ran out while training at a size that the probe had confirmed, or with the probe off."""
 
 
+class InexactBatchError(TuneEasyTrainError):
+    """Gradients cannot equal those of the whole batch, which `batch.exact: required` asks for."""
+
+
 class NonFiniteLossError(TuneEasyTrainError):
     """The loss or the gradient became NaN or infinite."""
 

@@ -25,7 +25,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Created(Event):
-    """The sweep holds this trial. `config` lacks what a distribution has yet to draw."""
+    """The sweep holds this trial. `config` lacks what is yet to be drawn or chosen."""
 
     kind: ClassVar[str] = "created"
     config: dict[str, Any]
@@ -33,11 +33,16 @@ class Created(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """The trial has its resources. `config` is complete; `resumed` says that it goes on from a checkpoint."""
+    """The trial has its resources. `config` is complete; `resumed` says that it goes on from a checkpoint.
+
+    `cloned_from` names the other trial that wrote this checkpoint, where the scheduler had it take one over;
+    what the trial has reported before is then of weights that it no longer has.
+    """
 
     kind: ClassVar[str] = "started"
     config: dict[str, Any]
     resumed: bool = False
+    cloned_from: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

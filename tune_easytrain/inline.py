@@ -15,7 +15,7 @@ from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache
 from tune_easytrain.protocol import Opening, PlanChanged, Report
 from tune_easytrain.recorder import SweepRecorder
 from tune_easytrain.run_directory import trial_id
-from tune_easytrain.search_space import build_trial_space, param_space
+from tune_easytrain.search_space import build_trial_space, num_draws, param_space
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial import (
     describe_change,
@@ -36,7 +36,7 @@ def run_trials_inline(
 ) -> None:
     """Run every trial here. A failure of a trial's own code is raised at once, where a debugger can see it.
 
-    Schedulers do not apply, and nothing is stored to resume from.
+    Values are drawn at random, schedulers do not apply, and nothing is stored to resume from.
     """
     cache = LocalProbeCache()
     for index, trial_config in enumerate(_trial_configs(config, max_experiments)):
@@ -110,6 +110,6 @@ def _trial_configs(config: SweepConfig, max_experiments: int | None) -> Iterator
     from ray.tune.search.variant_generator import generate_variants
 
     space = build_trial_space(config)
-    for _ in range(config.run.num_samples):
+    for _ in range(num_draws(config, max_experiments)):
         for _, params in generate_variants(param_space(config, max_experiments=max_experiments)):
             yield space.config_from_ray(params)

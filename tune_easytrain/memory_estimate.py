@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tune_easytrain.byte_size import format_bytes
-
 _SIZES_LOOKED_AT = tuple(sorted({round(2 ** (quarter / 4)) for quarter in range(4 * 16 + 1)}))
 """Up to 65536, each a fifth more than the one before: a moment highest only between two is hardly higher."""
 
@@ -125,12 +123,6 @@ class MemoryEstimate:
             else:
                 high = middle - 1
         return low
-
-    def describe(self, microbatch_size: int) -> str:
-        """Return one line for people: the peak at a size, and the phase that it is in."""
-        peaks = self.phase_peak_bytes(microbatch_size)
-        phase = max(peaks, key=lambda name: peaks[name])
-        return f"estimated peak {format_bytes(peaks[phase])} in {phase}"
 
     def _phases(self, microbatch_size: int) -> tuple[PhaseEstimate, ...]:
         if microbatch_size < 1:

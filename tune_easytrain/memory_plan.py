@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.accelerators import Accelerator
-from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.batch_plan import BatchPlan, largest_share
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import EstimateError
@@ -48,8 +48,10 @@ class TrialMemory:
 
     @property
     def limit(self) -> int:
-        """The most samples worth holding at once: the batch size given, and E."""
-        sizes = (self.settings.effective_batch_size, self.settings.microbatch_limit)
+        """The most samples worth holding at once: the batch size given, and a worker's share of E."""
+        effective = self.settings.effective_batch_size
+        share = None if effective is None else largest_share(effective, self.settings.num_workers)
+        sizes = (share, self.settings.microbatch_limit)
         return min((size for size in sizes if size is not None), default=UNLIMITED_SAMPLES)
 
     def largest_fitting(self, limit: int | None = None) -> int | None:
@@ -93,7 +95,9 @@ class TrialMemory:
     def batch_plan(self) -> BatchPlan | None:
         """How the trial would reach E; None where it has no E, does not fit, or has no estimate."""
         effective, largest = self.settings.effective_batch_size, self.most_at_once
-        return None if effective is None or largest is None else BatchPlan.build(effective, largest)
+        if effective is None or largest is None:
+            return None
+        return BatchPlan.build(effective, largest, num_workers=self.settings.num_workers)
 
     @property
     def microbatch_size(self) -> int | None:
@@ -227,7 +231,9 @@ def build_memory_plan(
     ):
         values = dict(zip(grid_keys(config), point, strict=True))
         told = ", ".join(str(value) for key, value in values.items() if key in varied)
-        settings = TrialSettings.from_config(nested, metric=config.run.metric, mode=config.run.mode)
+        settings = TrialSettings.from_config(
+            nested, metric=config.run.metric, mode=config.run.mode, num_workers=config.trial.num_workers
+        )
         request = BudgetRequest(
             memory_fraction=settings.memory_fraction,
             device_share=min(1.0, config.trial.resources.gpu or 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
+from tune_easytrain.batch_plan import largest_share
 from tune_easytrain.errors import EstimateError, NotEnoughMemoryError
 from tune_easytrain.events import Event, Probed
 from tune_easytrain.memory_estimate import MemoryEstimate
@@ -79,14 +80,17 @@ def find_limit(
 
 
 def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
-    """Return the most samples worth trying at once: the given limit, E, the data set; None without E."""
-    if settings.effective_batch_size is None or opened.num_train_samples is None:
-        return settings.microbatch_limit or settings.effective_batch_size
-    return min(
-        settings.microbatch_limit or settings.effective_batch_size,
-        settings.effective_batch_size,
-        opened.num_train_samples,
-    )
+    """Return the most samples worth trying at once: the given limit, a worker's share of E, or of the data.
+
+    None without E.
+    """
+    window = settings.effective_batch_size
+    if window is None:
+        return settings.microbatch_limit
+    if opened.num_train_samples is None:
+        return settings.microbatch_limit or largest_share(window, settings.num_workers)
+    share = largest_share(min(window, opened.num_train_samples), settings.num_workers)
+    return min(settings.microbatch_limit or share, share)
 
 
 def search_plan(

@@ -120,6 +120,8 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
     name = f"{record.trial_id} ({values})" if values else record.trial_id
     match event:
         case Started():
+            if event.cloned_from:
+                return f"{name}: goes on from the checkpoint of {event.cloned_from}"
             return f"{name}: {'resumed' if event.resumed else 'started'}"
         case Probed():
             tries = ", ".join(f"{a['microbatch_size']} {a['outcome']}" for a in event.attempts)

@@ -11,7 +11,6 @@ from ray.util.queue import Queue
 
 from tune_easytrain.events import Event, Failed, Finished, Stopped, TrainingEnded, append_events
 from tune_easytrain.run_directory import RunDirectory
-from tune_easytrain.sweep_trial import readable_id
 from tune_easytrain.trial_record import TrialRecord
 
 _DRAIN_INTERVAL_SECONDS = 0.1
@@ -114,12 +113,12 @@ class SweepCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the trial's record."""
-        self._recorder.complete(readable_id(trial.trial_id))
+        self._recorder.complete(str(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the record of a trial that ended with an error."""
         error = trial.get_error()
-        self._recorder.fail(readable_id(trial.trial_id), str(error) if error else "")
+        self._recorder.fail(str(trial), str(error) if error else "")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Write what is left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tune_easytrain.config import SweepConfig
@@ -80,6 +80,14 @@ def distributions(grid_search: GridSearchConfig) -> dict[str, Distribution]:
     return {key: values for key, values in grid_search.grid.items() if isinstance(values, Distribution)}
 
 
+def perturbed_keys(config: SweepConfig) -> tuple[str, ...]:
+    """Return the grid keys, drawn from ranges, whose values the scheduler changes while trials train."""
+    if config.run.scheduler is None or config.run.scheduler.name not in ("pbt", "pb2"):
+        return ()
+    drawn = distributions(config.grid_search)
+    return tuple(key for key in drawn if drawn[key].kind in ("uniform", "loguniform"))
+
+
 def grid_keys(config: SweepConfig) -> tuple[str, ...]:
     """Return the dotted keys a grid point has values for, in the file's order."""
     return tuple(listed_values(config.grid_search))
@@ -98,14 +106,18 @@ def grid_points(config: SweepConfig, max_experiments: int | None = None) -> list
     """Return the points of the grid: one tuple per trial, its values in the order of `grid_keys`.
 
     The file's first key varies slowest, as in nested loops; a pair group stands at the place of its first
-    key. A grid without listed values has one point, `()`.
+    key. A grid without listed values has one point, `()`. Where the points are chosen, all of them stay.
 
     Raises:
         BadInputError: `max_experiments`, the number of points to keep, is not an integer of at least 1.
     """
+    _check_cut(max_experiments)
+    return list(itertools.islice(_points(config), None if is_chosen(config) else max_experiments))
+
+
+def _check_cut(max_experiments: int | None) -> None:
     if max_experiments is not None and (type(max_experiments) is not int or max_experiments < 1):
         raise BadInputError(f"max_experiments is {max_experiments!r}; give an integer of at least 1")
-    return list(itertools.islice(_points(config), max_experiments))
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[Any, ...]]:
@@ -125,15 +137,52 @@ def num_grid_points(config: SweepConfig) -> int:
     return math.prod(len(values[group[0]]) for group in choose_pairing(config.grid_search).groups)
 
 
-def num_trials(config: SweepConfig) -> int:
-    """Return the number of trials: every grid point is run once for each of `run.num_samples` draws."""
-    return num_grid_points(config) * config.run.num_samples
+def is_chosen(config: SweepConfig) -> bool:
+    """Return whether a search algorithm chooses each trial's grid point, or all of them are run."""
+    return config.run.search != "random"
+
+
+def num_experiments(config: SweepConfig, max_experiments: int | None = None) -> int:
+    """Return the number of grid points that are run; where they are chosen, the number of trials.
+
+    Raises:
+        BadInputError: `max_experiments`, the number to keep, is not an integer of at least 1.
+    """
+    _check_cut(max_experiments)
+    number = config.run.num_samples if is_chosen(config) else num_grid_points(config)
+    return number if max_experiments is None else min(number, max_experiments)
+
+
+def num_repeats(config: SweepConfig) -> int:
+    """Return how many trials there are of every grid point; 1 where the points are chosen."""
+    return 1 if is_chosen(config) else config.run.num_samples
+
+
+def num_trials(config: SweepConfig, max_experiments: int | None = None) -> int:
+    """Return the number of trials.
+
+    Every grid point is run once for each of `run.num_samples` draws; where the points are chosen, there are
+    `run.num_samples` trials in all.
+
+    Raises:
+        BadInputError: as `num_experiments`.
+    """
+    return num_experiments(config, max_experiments) * num_repeats(config)
 
 
 def build_trial_space(config: SweepConfig) -> TrialSpace:
     """Return what a worker needs to build a trial's config; it can be pickled and needs no pydantic."""
     resolved = config.resolved()
-    return TrialSpace(grid_keys(config), resolved["config"], {name: resolved[name] for name in SECTION_NAMES})
+    sections = {name: resolved[name] for name in SECTION_NAMES}
+    return TrialSpace(grid_keys(config), resolved["config"], sections, _numbered(config))
+
+
+def _numbered(config: SweepConfig) -> dict[str, tuple[Any, ...]]:
+    """Return the values that Ray is to know by their numbers alone: a model of results takes only numbers."""
+    if not is_chosen(config):
+        return {}
+    choices = {key: d.args for key, d in distributions(config.grid_search).items() if d.kind == "choice"}
+    return {POINT_KEY: tuple(grid_points(config)), **choices}
 
 
 def trial_config(
@@ -154,22 +203,55 @@ def expand_trials(config: SweepConfig) -> list[dict[str, Any]]:
     return [space.config(point) for point in grid_points(config)]
 
 
-def param_space(config: SweepConfig, *, max_experiments: int | None = None) -> dict[str, Any]:
-    """Return Ray Tune's parameter space: the grid as one search over tuples, and one domain per drawn key.
+def known_configs(config: SweepConfig, max_experiments: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield for every trial what is known of its nested config before it starts, in the trials' order.
 
-    One search over whole points keeps the file's order, which Ray would change, and lets it be cut short:
-    only the first `max_experiments` points are kept. `TrialSpace.config_from_ray` reads what Ray then
+    Drawn keys are absent, and so are listed ones of several values where the grid point is chosen.
+    """
+    space = build_trial_space(config)
+    if is_chosen(config):
+        listed = listed_values(config.grid_search)
+        given = {key: values[0] for key, values in listed.items() if len(values) == 1}
+        space, points = replace(space, keys=tuple(given)), [tuple(given.values())]
+    else:
+        points = grid_points(config, max_experiments)
+    for index in range(num_trials(config, max_experiments)):
+        yield space.config(points[index % len(points)])
+
+
+def param_space(config: SweepConfig, *, max_experiments: int | None = None) -> dict[str, Any]:
+    """Return Ray Tune's parameter space: the grid as one dimension of whole points, and the drawn keys.
+
+    Ray draws from it `num_draws` times. A search over whole points keeps the file's order, which Ray would
+    change, and lets it be cut short: only the first `max_experiments` points are kept. Where points are
+    chosen, all of them stay, each known by its number. `TrialSpace.config_from_ray` reads what Ray then
     gives a trial.
     """
     from ray import tune
 
-    domains = {
-        "choice": lambda args: tune.choice(list(args)),
-        "uniform": lambda args: tune.uniform(*args),
-        "loguniform": lambda args: tune.loguniform(*args),
-        "randint": lambda args: tune.randint(*args),
-    }
-    space: dict[str, Any] = {POINT_KEY: tune.grid_search(grid_points(config, max_experiments))}
+    numbered = _numbered(config)
+    if is_chosen(config):
+        space: dict[str, Any] = {POINT_KEY: _domain(Distribution("choice", numbered[POINT_KEY]), True)}
+    else:
+        space = {POINT_KEY: tune.grid_search(grid_points(config, max_experiments))}
     for key, distribution in distributions(config.grid_search).items():
-        space[key] = domains[distribution.kind](distribution.args)
+        space[key] = _domain(distribution, key in numbered)
     return space
+
+
+def num_draws(config: SweepConfig, max_experiments: int | None = None) -> int:
+    """Return how often Ray is to draw from `param_space`; a grid search in it multiplies the trials."""
+    return num_experiments(config, max_experiments) if is_chosen(config) else config.run.num_samples
+
+
+def _domain(distribution: Distribution, is_numbered: bool) -> Any:
+    """Return Ray's domain of a distribution, or of the numbers of its values; what cannot vary is a value."""
+    from ray import tune
+
+    kind, args = distribution.kind, distribution.args
+    if kind == "choice":
+        values = list(range(len(args))) if is_numbered else list(args)
+        return tune.choice(values) if len(values) > 1 else values[0]
+    if kind == "randint":
+        return tune.randint(*args) if args[1] - args[0] > 1 else args[0]
+    return tune.uniform(*args) if kind == "uniform" else tune.loguniform(*args)

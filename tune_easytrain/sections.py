@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
@@ -20,7 +21,16 @@ _BYTE_UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?([A-Za-z]*)\Z")
-_OWN_SETTINGS = {"asha": "reduction_factor", "median": "min_samples"}
+_OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "asha": ("grace_period", "reduction_factor"),
+    "median": ("grace_period", "min_samples"),
+    "hyperband": ("reduction_factor",),
+    "bohb": ("reduction_factor",),
+    "pbt": ("perturbation_interval", "quantile_fraction", "resample_probability"),
+    "pb2": ("perturbation_interval", "quantile_fraction"),
+}
+_REDUCTION_FACTORS = {"asha": 4, "hyperband": 3, "bohb": 3}
+"""Ray's defaults."""
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\Z")
 
 
@@ -96,6 +106,9 @@ class BatchConfig(Section):
     probe_timeout: PositiveFloat = 600.0
     """Seconds one attempt of the probe may take."""
 
+    exact: Literal["warn", "required"] = "warn"
+    """What happens to a trial whose gradients cannot equal the whole batch's, as with BatchNorm."""
+
     @field_validator("memory_budget", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> int | None:
@@ -105,14 +118,32 @@ class BatchConfig(Section):
 class TrainConfig(Section):
     """How a trial is trained."""
 
-    epochs: PositiveInt = 1
-    """Passes over the training set."""
+    epochs: PositiveInt | None = None
+    """Passes over the training set; default: 1, where neither samples nor steps are given."""
+
+    num_samples: PositiveInt | None = None
+    """Samples to train on, in place of epochs."""
+
+    num_steps: PositiveInt | None = None
+    """Optimizer steps to take, in place of epochs."""
 
     patience: PositiveInt | None = None
     """Epochs without a better metric after which a trial stops; default: never."""
 
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient; default: not clipped."""
+
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How learning rates chosen for `base_batch_size` are scaled to the effective batch size."""
+
+    base_batch_size: PositiveInt | None = None
+    """Effective batch size that the learning rates were chosen for."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate grows from 0 to its full value."""
+
+    noise_scale: bool = False
+    """Whether the gradient noise scale is measured."""
 
     seed: NonNegativeInt = 0
     """Seed of every random choice in a trial."""
@@ -146,6 +177,9 @@ class ResourcesConfig(Section):
     gpu: Annotated[float, Ge(0)] = 0.0
     """GPUs; a fraction below one shares a GPU between trials, above one only whole numbers."""
 
+    accelerator_type: str | None = None
+    """Kind of GPU, by Ray's name for it (`H100`, `A100-80G`); default: any."""
+
     custom: dict[str, PositiveFloat] = {}
     """Amounts of resources the cluster defines under other names."""
 
@@ -165,30 +199,47 @@ class TrialConfig(Section):
     """What one worker of the trial gets."""
 
     num_workers: PositiveInt = 1
-    """Workers that train one trial together."""
+    """Workers that train one trial together, each on resources of its own."""
 
     @field_validator("num_workers")
     @classmethod
-    def _one_worker(cls, value: int) -> int:
-        if value != 1:
-            raise fail(f"{value} workers for one trial are not possible in this version", "write 1")
+    def _whole_gpus(cls, value: int, info: ValidationInfo) -> int:
+        resources = info.data.get("resources")
+        if value > 1 and resources is not None and 0 < resources.gpu < 1:
+            reason = (
+                f"{value} workers cannot share GPUs ({resources.gpu:g} each): NCCL wants one GPU per worker"
+            )
+            raise fail(reason, "write resources: {gpu: 1}, or num_workers: 1")
         return value
 
 
 class SchedulerConfig(Section):
-    """What stops trials early that look bad beside the others; written as a name or as a mapping."""
+    """What is done about trials that look bad beside the others; written as a name or as a mapping.
 
-    name: Literal["asha", "median"]
-    """`asha` keeps the best share at each rung, `median` stops what is below the others' median."""
+    `asha`, `median`, `hyperband` and `bohb` stop them early; `pbt` and `pb2` let them go on from a better
+    trial's checkpoint. The defaults are Ray's, save for `perturbation_interval`.
+    """
+
+    name: Literal["asha", "median", "hyperband", "bohb", "pbt", "pb2"]
+    """Which algorithm; `bohb` is the part of `search: bohb` that stops trials."""
 
     grace_period: PositiveInt = 1
-    """Epochs that every trial may train before it can be stopped."""
+    """asha, median: epochs that every trial may train before it can be stopped."""
 
-    reduction_factor: Annotated[int, Ge(2)] = 4
-    """asha only: one in this many trials goes on at each rung."""
+    reduction_factor: Annotated[int, Ge(2)] | None = None
+    """asha, hyperband, bohb: one in this many trials goes on at each rung; default: 4 for asha, else 3."""
 
     min_samples: PositiveInt = 3
     """median only: trials that must have reported before one is stopped."""
+
+    perturbation_interval: PositiveInt = 5
+    """pbt, pb2: epochs after which the worst trials take over the best ones' checkpoints."""
+
+    quantile_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.25
+    """pbt, pb2: share of the trials that are the worst, and the best."""
+
+    resample_probability: Annotated[float, Ge(0), Le(1)] = 0.25
+    """pbt only: how often a value is drawn anew instead of multiplied by 0.8 or 1.2."""
 
     @model_validator(mode="before")
     @classmethod
@@ -200,22 +251,25 @@ class SchedulerConfig(Section):
                 raise fail(f"{data!r} is no scheduler", did_you_mean(data, _OWN_SETTINGS))
             data = {"name": data}
         if not isinstance(data, dict):
-            remedy = f"write {' or '.join(_OWN_SETTINGS)}, or a mapping with name and settings"
+            remedy = f"write one of {', '.join(_OWN_SETTINGS)}, or a mapping with name and settings"
             raise fail(f"{show_value(data)} is no scheduler", remedy)
-        return {key: value for key, value in data.items() if value is not None}
+        given = {key: value for key, value in data.items() if value is not None}
+        if (name := str(given.get("name"))) in _REDUCTION_FACTORS:
+            given.setdefault("reduction_factor", _REDUCTION_FACTORS[name])
+        return given
 
-    @field_validator(*_OWN_SETTINGS.values())
+    @field_validator(*dict.fromkeys(setting for own in _OWN_SETTINGS.values() for setting in own))
     @classmethod
-    def _belongs(cls, value: int, info: ValidationInfo) -> int:
+    def _belongs(cls, value: float, info: ValidationInfo) -> float:
         name = info.data.get("name")
-        if name is not None and info.field_name != _OWN_SETTINGS[name]:
-            owner = next(owner for owner, setting in _OWN_SETTINGS.items() if setting == info.field_name)
-            raise fail(f"{info.field_name} ({value}) is for {owner}, not for {name}", "remove it")
+        if name is not None and info.field_name not in _OWN_SETTINGS[name]:
+            owners = [owner for owner, settings in _OWN_SETTINGS.items() if info.field_name in settings]
+            raise fail(f"{info.field_name} ({value}) is for {', '.join(owners)}, not for {name}", "remove it")
         return value
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings that the named scheduler has."""
-        return {key: getattr(self, key) for key in ("name", "grace_period", _OWN_SETTINGS[self.name])}
+        return {key: getattr(self, key) for key in ("name", *_OWN_SETTINGS[self.name])}
 
 
 class RunConfig(Section):
@@ -231,13 +285,13 @@ class RunConfig(Section):
     """Folder that holds run directories; on a cluster one that all nodes see."""
 
     num_samples: PositiveInt = 1
-    """Draws from the distributions of the grid, for every grid point."""
+    """Trials of every grid point, each with draws of its own; if the search is not random: trials in all."""
 
-    search: Literal["random"] = "random"
-    """How values are drawn from distributions."""
+    search: Literal["random", "optuna", "bohb"] = "random"
+    """How values are drawn: at random, or where a model of the results so far expects good ones."""
 
     scheduler: SchedulerConfig | None = None
-    """What stops bad trials early; default: nothing does."""
+    """What is done about bad trials; default: nothing."""
 
     max_concurrent: PositiveInt | None = None
     """Most trials that run at a time; default: as many as the resources allow."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tune_easytrain.probe import Search
+from tune_easytrain.training_budget import TrainingBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +25,18 @@ class TrialSettings:
             doubles.
         start: the first size the probe tries; default: what the estimate says.
         probe_timeout_seconds: one attempt that takes longer counts as failed.
-        epochs: passes over the training set, at most.
+        exact: whether a trial whose gradients cannot equal the whole batch's is warned of or refused.
+        epochs, num_samples, num_steps: how much is trained at most, in passes over the training set, samples
+            or optimizer steps; exactly one is given.
         patience: epochs without a better metric before training stops; None: never.
         clip_norm: largest gradient norm; None: no clipping.
+        lr_scaling: how learning rates chosen for `base_batch_size` samples are scaled to the effective
+            batch size.
+        warmup_steps: optimizer steps over which the learning rate grows from 0 to its full value.
+        noise_scale: whether the gradient noise scale is measured.
         loader_workers: processes that load data; 0: the training process itself.
         metric, mode: what patience looks at and the sweep is ranked by.
+        num_workers: how many workers train the trial together.
     """
 
     effective_batch_size: int | None
@@ -39,18 +47,26 @@ class TrialSettings:
     search: Search
     start: int | None
     probe_timeout_seconds: float
-    epochs: int
+    exact: Literal["warn", "required"]
+    epochs: int | None
+    num_samples: int | None
+    num_steps: int | None
     patience: int | None
     clip_norm: float | None
+    lr_scaling: Literal["none", "linear", "sqrt"]
+    base_batch_size: int | None
+    warmup_steps: int
+    noise_scale: bool
     seed: int
     precision: Literal["fp32", "bf16"]
     loader_workers: int
     metric: str
     mode: Literal["min", "max"]
+    num_workers: int = 1
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, metric: str, mode: Literal["min", "max"]
+        cls, config: Mapping[str, Any], *, metric: str, mode: Literal["min", "max"], num_workers: int = 1
     ) -> TrialSettings:
         """Read one trial's nested config, whose `batch` and `train` sections are complete."""
         batch, train = config["batch"], config["train"]
@@ -64,14 +80,29 @@ class TrialSettings:
             search=batch["search"],
             start=batch["start"],
             probe_timeout_seconds=batch["probe_timeout"],
+            exact=batch["exact"],
             epochs=train["epochs"],
+            num_samples=train["num_samples"],
+            num_steps=train["num_steps"],
             patience=train["patience"],
             clip_norm=train["clip_norm"],
+            lr_scaling=train["lr_scaling"],
+            base_batch_size=train["base_batch_size"],
+            warmup_steps=train["warmup_steps"],
+            noise_scale=train["noise_scale"],
             seed=train["seed"],
             precision=train["precision"],
             loader_workers=train["loader_workers"],
             metric=metric,
             mode=mode,
+            num_workers=num_workers,
+        )
+
+    @property
+    def budget(self) -> TrainingBudget:
+        """How much the trial trains at most."""
+        return TrainingBudget.choose(
+            epochs=self.epochs, num_samples=self.num_samples, num_steps=self.num_steps
         )
 
     def is_better(self, value: float, best: float | None) -> bool:

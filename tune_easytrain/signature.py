@@ -42,6 +42,7 @@ def task_signature(task: Task, opening: Opening, device: torch.device) -> str:
         _digest(opening.function_payload or b""),
         settings.precision,
         settings.clip_norm is not None,
+        settings.num_workers,
         (settings.search, settings.start),
     ]
     # What has an effect of the sweep's own sections is among the facts above.

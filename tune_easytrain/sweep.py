@@ -17,28 +17,29 @@ from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.events import Created, load_events
 from tune_easytrain.inline import run_trials_inline
 from tune_easytrain.model_check import check_models
+from tune_easytrain.optional_packages import check_packages
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
 from tune_easytrain.progress import Progress, say_lines
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
+from tune_easytrain.search_algorithms import build_scheduler, build_searcher, num_checkpoints_kept
 from tune_easytrain.search_space import (
     build_trial_space,
-    expand_trials,
     grid_keys,
-    grid_points,
+    known_configs,
+    num_draws,
+    num_experiments,
+    num_repeats,
     param_space,
     varied_keys,
 )
 from tune_easytrain.shared_probe_cache import start_probe_cache
 from tune_easytrain.sweep_plan import build_plan
-from tune_easytrain.sweep_trial import SweepShared, SweepTrial, readable_id
+from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
 from tune_easytrain.trial_record import TrialRecord
-
-_CHECKPOINTS_KEPT = 2
-"""Per trial: one that is whole, and the one being written."""
 
 
 def run(
@@ -70,28 +71,30 @@ def run(
     config = config_or_path
     if not isinstance(config, SweepConfig):
         config = load_config(config, overrides=overrides)
+    if not debug:  # which draws at random and stops nothing
+        check_packages(config)
     console = Console(stderr=True, quiet=quiet)
     say_lines(console, build_plan(config, max_experiments).describe())
     task, function = load_sweep_functions(config, build_task)
     if task is not None:
         check_models(config, task, max_experiments)
-    num_points = len(grid_points(config, max_experiments))
+    max_experiments = num_experiments(config, max_experiments)
     if debug:
         check_local_gpu(config.trial)
-        directory = _create(config, task, function, num_points)
+        directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
         with _display(config, records, console) as progress:
             recorder = SweepRecorder(directory, records, progress.watch)
-            run_trials_inline(config, task, function, recorder, num_points)
+            run_trials_inline(config, task, function, recorder, max_experiments)
         return SweepResults(directory)
     with ray_session(address, config.run.working_dir):
         check_resources(config.trial)
-        directory = _create(config, task, function, num_points)
+        directory = _create(config, task, function, max_experiments)
         say_lines(
             console,
             [f"Run directory: {directory.path}", f"If interrupted: tune-easytrain resume {directory.path}"],
         )
-        _fit(config, directory, num_points, console)
+        _fit(config, directory, max_experiments, console)
     return SweepResults(directory)
 
 
@@ -102,10 +105,11 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     """
     directory = RunDirectory.open(run_dir)
     config = load_config(directory.load_sweep())
-    num_points = max(1, len(list(directory.trial_ids())) // config.run.num_samples)
+    check_packages(config)
+    max_experiments = max(1, len(list(directory.trial_ids())) // num_repeats(config))
     with ray_session(address, config.run.working_dir):
         check_resources(config.trial)
-        _fit(config, directory, num_points, Console(stderr=True, quiet=quiet))
+        _fit(config, directory, max_experiments, Console(stderr=True, quiet=quiet))
     return SweepResults(directory)
 
 
@@ -114,16 +118,16 @@ def _display(config: SweepConfig, records: Mapping[str, TrialRecord], console: C
     return Progress(console, config.run.metric, keys, records.values())
 
 
-def _create(config: SweepConfig, task: bytes | None, function: bytes | None, num_points: int) -> RunDirectory:
+def _create(
+    config: SweepConfig, task: bytes | None, function: bytes | None, max_experiments: int
+) -> RunDirectory:
     """Make the run directory, with an event file for every trial there will be."""
     directory = RunDirectory.create(config.run.storage, config.name)
     directory.save_sweep(config.resolved())
     directory.save_functions(task, function)
-    space = build_trial_space(config)
     recorder = SweepRecorder(directory, {})
-    points = grid_points(config, num_points)
-    for index in range(num_points * config.run.num_samples):
-        recorder.record(trial_id(index), Created(config=space.config(points[index % num_points])))
+    for index, known in enumerate(known_configs(config, max_experiments)):
+        recorder.record(trial_id(index), Created(config=known))
     return directory
 
 
@@ -137,7 +141,7 @@ def _load_trials(directory: RunDirectory) -> tuple[dict[str, TrialRecord], list[
     return records, evidence
 
 
-def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console: Console) -> None:
+def _fit(config: SweepConfig, directory: RunDirectory, max_experiments: int, console: Console) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records, evidence = _load_trials(directory)
     events = Queue(actor_options={"num_cpus": 0})
@@ -152,7 +156,7 @@ def _fit(config: SweepConfig, directory: RunDirectory, num_points: int, console:
             if tune.Tuner.can_restore(str(directory.ray_dir)):
                 tuner = tune.Tuner.restore(str(directory.ray_dir), trainable, resume_unfinished=True)
             else:  # a new sweep, or one whose driver died before Ray had saved anything
-                tuner = _new_tuner(config, directory, trainable, num_points)
+                tuner = _new_tuner(config, directory, trainable, max_experiments)
             tuner.fit()
         finally:
             recorder.drain(force=True)
@@ -174,6 +178,7 @@ def _trainable(
         task_payload=task,
         function_payload=function,
         resources=resource_bundle(config.trial),
+        num_workers=config.trial.num_workers,
         metric=config.run.metric,
         mode=config.run.mode,
         events=events,
@@ -184,48 +189,29 @@ def _trainable(
     return tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
 
 
-def _new_tuner(config: SweepConfig, directory: RunDirectory, trainable: Any, num_points: int) -> tune.Tuner:
+def _new_tuner(
+    config: SweepConfig, directory: RunDirectory, trainable: Any, max_experiments: int
+) -> tune.Tuner:
     run_config = config.run
     return tune.Tuner(
         trainable,
-        param_space=param_space(config, max_experiments=num_points),
+        param_space=param_space(config, max_experiments=max_experiments),
         tune_config=tune.TuneConfig(
             metric=run_config.metric,
             mode=run_config.mode,
-            scheduler=_scheduler(config),
-            num_samples=run_config.num_samples,
+            search_alg=build_searcher(config),
+            scheduler=build_scheduler(config),
+            num_samples=num_draws(config, max_experiments),
             max_concurrent_trials=run_config.max_concurrent,
             reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
         ),
         run_config=tune.RunConfig(
             name=directory.ray_dir.name,
             storage_path=str(directory.ray_dir.parent),
             callbacks=[SweepCallback(str(directory.path))],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_checkpoints_kept(config)),
             verbose=0,
         ),
-    )
-
-
-def _trial_name(trial: Any) -> str:
-    return readable_id(trial.trial_id)
-
-
-def _scheduler(config: SweepConfig) -> tune.schedulers.TrialScheduler | None:
-    scheduler = config.run.scheduler
-    if scheduler is None:
-        return None
-    if scheduler.name == "asha":
-        return tune.schedulers.ASHAScheduler(
-            time_attr="epoch",
-            max_t=max(trial["train"]["epochs"] for trial in expand_trials(config)),
-            grace_period=scheduler.grace_period,
-            reduction_factor=scheduler.reduction_factor,
-        )
-    return tune.schedulers.MedianStoppingRule(
-        time_attr="epoch",
-        grace_period=scheduler.grace_period,
-        min_samples_required=scheduler.min_samples,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ from tune_easytrain.search_space import (
     distributions,
     grid_keys,
     grid_points,
+    is_chosen,
     listed_values,
+    num_repeats,
     num_trials,
+    perturbed_keys,
 )
 from tune_easytrain.settings import batch_sizes, given_batch_size
 from tune_easytrain.trial_space import TrialSpace
@@ -45,20 +49,22 @@ class SweepPlan:
     `trials` has one entry per grid point that is run, each of them `num_samples` times. `num_trials` counts
     those runs, `num_all_trials` what it would be without `max_experiments`, and `num_cartesian_trials` what
     it would be if no keys were paired either. `drawn` are the keys whose values distributions give.
+
+    Where `search` is not random, it chooses the grid point of every trial, and these three are one number,
+    `max_experiments` aside. `perturbed` are the keys that `scheduler` changes while trials train.
     """
 
     pairing: PairingPlan
     trials: tuple[PlannedTrial, ...]
     num_samples: int
+    num_trials: int
     num_all_trials: int
     num_cartesian_trials: int
     drawn: tuple[str, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def num_trials(self) -> int:
-        """Trials that are run."""
-        return len(self.trials) * self.num_samples
+    search: str = "random"
+    scheduler: str = ""
+    perturbed: tuple[str, ...] = ()
 
     @property
     def trials_saved_percent(self) -> float:
@@ -85,21 +91,29 @@ class SweepPlan:
         """Return the lines that tell people how many trials there are and why, warnings last."""
         saved = f", {self.trials_saved_percent:.0f} % fewer" if self.trials_saved_percent else ""
         cut = "" if self.num_trials == self.num_all_trials else f" of {self.num_all_trials}"
+        counted = f"the Cartesian product would have been {self.num_cartesian_trials}{saved}."
+        if self.search != "random":
+            counted = f"{self.search} {', and '.join(self._describe_search())}."
         return [
             f"Mode: {self.pairing.mode}. {self.pairing.reason}",
-            f"{self.num_trials}{cut} trials; the Cartesian product would have been "
-            f"{self.num_cartesian_trials}{saved}.",
+            f"{self.num_trials}{cut} trials; {counted}",
             *self._describe_drawn(),
             *(f"Warning: {warning}" for warning in self.warnings),
         ]
 
-    def _describe_drawn(self) -> list[str]:
-        if not self.drawn:
-            return []
-        times = "once" if self.num_samples == 1 else f"{self.num_samples} times"
-        return [
-            f"Each of the {len(self.trials)} grid points is run {times}, drawing {', '.join(self.drawn)}."
-        ]
+    def _describe_search(self) -> Iterator[str]:
+        if len(self.trials) > 1:
+            yield f"chooses each one's grid point out of {len(self.trials)}"
+        if self.drawn:
+            yield f"draws {', '.join(self.drawn)}"
+
+    def _describe_drawn(self) -> Iterator[str]:
+        if self.drawn and self.search == "random":
+            times = "once" if self.num_samples == 1 else f"{self.num_samples} times"
+            drawing = f"drawing {', '.join(self.drawn)}"
+            yield f"Each of the {len(self.trials)} grid points is run {times}, {drawing}."
+        if self.perturbed:
+            yield f"{self.scheduler} changes {', '.join(self.perturbed)} while trials train."
 
     def hours(self, hours_per_trial: float) -> tuple[float, float]:
         """Return the hours of all trials one after another: as planned, and for the Cartesian product."""
@@ -117,22 +131,31 @@ def build_plan(config: SweepConfig, max_experiments: int | None = None) -> Sweep
     points = grid_points(config, max_experiments)
     drawn = frozenset(distributions(config.grid_search))
     trials = tuple(_planned(space, drawn, grid_keys(config), point) for point in points)
-    num_samples = config.run.num_samples
+    num_samples, scheduler = num_repeats(config), config.run.scheduler
     warnings = [pairing.warning, _effective_size_warning(config, trials)]
     if max_experiments is not None and num_samples > 1:
         warnings.append(
             f"each of the first {len(points)} grid points is run {num_samples} times (run.num_samples)"
         )
-    listed = listed_values(config.grid_search).values()
     return SweepPlan(
         pairing=pairing,
         trials=trials,
         num_samples=num_samples,
+        num_trials=num_trials(config, max_experiments),
         num_all_trials=num_trials(config),
-        num_cartesian_trials=math.prod(map(len, listed)) * num_samples,
+        num_cartesian_trials=_num_cartesian_trials(config),
         drawn=tuple(distributions(config.grid_search)),
         warnings=tuple(warning for warning in warnings if warning),
+        search=config.run.search,
+        scheduler="" if scheduler is None else scheduler.name,
+        perturbed=perturbed_keys(config),
     )
+
+
+def _num_cartesian_trials(config: SweepConfig) -> int:
+    if is_chosen(config):
+        return num_trials(config)
+    return math.prod(map(len, listed_values(config.grid_search).values())) * config.run.num_samples
 
 
 def _planned(

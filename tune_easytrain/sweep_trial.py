@@ -15,19 +15,22 @@ from ray.util.queue import Queue
 
 from tune_easytrain.cluster import trials_per_node
 from tune_easytrain.events import Event
-from tune_easytrain.protocol import Report
+from tune_easytrain.protocol import Opening, Report
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
 from tune_easytrain.trial import TrialSpec, run_trial
 from tune_easytrain.trial_space import TrialSpace
+from tune_easytrain.workers import WorkerActors, WorkerProcesses
 
 _CHECKPOINT_NAME = "checkpoint.pt"
+_WRITER_NAME = "written_by"
+"""The file beside a stored checkpoint with the id of its trial; a scheduler may hand it to another one."""
 
 
 @dataclass(frozen=True)
 class SweepShared:
-    """What all trials of a sweep have in common.
+    """What all trials of a sweep have in common; `resources` are those of one of a trial's `num_workers`.
 
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
     `probe_cache` is the handle of the actor that knows what the trials have measured.
@@ -37,6 +40,7 @@ class SweepShared:
     task_payload: bytes | None
     function_payload: bytes | None
     resources: Mapping[str, float]
+    num_workers: int
     metric: str
     mode: Literal["min", "max"]
     events: Queue
@@ -55,6 +59,7 @@ class SweepTrial(tune.Trainable):
         self._dir = Path(tempfile.mkdtemp(prefix="tune_easytrain_trial_"))
         self._reports: Iterator[Report] | None = None
         self._last_metrics: dict[str, float] = {}
+        self._actors = WorkerActors(shared.num_workers, shared.resources, shared.preloaded_modules)
         self._set_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -68,6 +73,7 @@ class SweepTrial(tune.Trainable):
     def _set_trial(self, config: dict[str, Any]) -> None:
         self._config = config
         self._is_resumed = False
+        self._writer = self._cloned_from = ""
 
     @property
     def _checkpoint(self) -> Path:
@@ -75,7 +81,7 @@ class SweepTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report of the trial's child process and hand it to Ray."""
-        name = readable_id(self.trial_id)
+        name = self.trial_name
         if name in self._shared.ended:  # Ray's own record of it was older than ours
             return {self._shared.metric: float("nan"), **self._shared.ended[name], "done": True}
         if self._reports is None:
@@ -83,7 +89,12 @@ class SweepTrial(tune.Trainable):
             cache = SharedProbeCache(
                 self._shared.probe_cache, name, attempt_timeout_seconds=spec.settings.probe_timeout_seconds
             )
-            self._reports = run_trial(spec, lambda event: self._emit(name, event), cache)
+            self._reports = run_trial(
+                spec,
+                lambda event: self._emit(name, event),
+                cache,
+                None if self._shared.num_workers == 1 else self._worker_processes,
+            )
         report = next(self._reports, None)
         if report is None:
             if self._shared.metric not in self._last_metrics:
@@ -93,6 +104,7 @@ class SweepTrial(tune.Trainable):
         has_checkpoint = report.checkpoint_path is not None
         if report.checkpoint_path is not None:
             shutil.move(report.checkpoint_path, self._checkpoint)
+            self._writer = self.trial_name
         if report.is_final:
             self._end_trial()
         return {**report.metrics, "done": report.is_final, "should_checkpoint": has_checkpoint}
@@ -101,18 +113,25 @@ class SweepTrial(tune.Trainable):
         """Copy the trial's last checkpoint to where Ray stores it."""
         if self._checkpoint.is_file():
             shutil.copy2(self._checkpoint, Path(checkpoint_dir) / _CHECKPOINT_NAME)
+            (Path(checkpoint_dir) / _WRITER_NAME).write_text(self._writer)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Take the checkpoint that Ray stored for this trial; the child goes on from it."""
+        """Take a checkpoint that Ray stored, of this trial or of a better one; the child goes on from it."""
         stored = Path(checkpoint) / _CHECKPOINT_NAME
         if stored.is_file():
             shutil.copy2(stored, self._checkpoint)
             self._is_resumed = True
+            self._writer = (Path(checkpoint) / _WRITER_NAME).read_text()
+            self._cloned_from = "" if self._writer == self.trial_name else self._writer
 
     def cleanup(self) -> None:
         """End the child and remove what is local."""
         self._end_trial()
+        self._actors.kill()
         shutil.rmtree(self._dir, ignore_errors=True)
+
+    def _worker_processes(self, opening: Opening) -> WorkerProcesses:
+        return WorkerProcesses(opening, self._actors)
 
     def _end_trial(self) -> None:
         if self._reports is not None:
@@ -130,7 +149,9 @@ class SweepTrial(tune.Trainable):
         share = min(1.0, gpu) if gpu else 1.0 / trials_per_node(shared.resources, node_id)
         return TrialSpec(
             config=config,
-            settings=TrialSettings.from_config(config, metric=shared.metric, mode=shared.mode),
+            settings=TrialSettings.from_config(
+                config, metric=shared.metric, mode=shared.mode, num_workers=shared.num_workers
+            ),
             task_payload=shared.task_payload,
             function_payload=shared.function_payload,
             device="cuda" if gpu else "cpu",
@@ -138,9 +159,15 @@ class SweepTrial(tune.Trainable):
             num_threads=max(1, int(cpu)),
             checkpoint_path=str(self._checkpoint) if self._is_resumed else None,
             preloaded_modules=shared.preloaded_modules,
+            cloned_from=self._cloned_from,
         )
 
 
-def readable_id(ray_trial_id: str) -> str:
-    """Return our id of a trial from Ray's, which ends in the trial's number in the sweep."""
-    return trial_id(int(ray_trial_id.rsplit("_", 1)[-1]))
+def trial_name(trial: Any) -> str:
+    """Return our id of one of Ray's trials, by which Ray is to call it.
+
+    It is the trial's number in the sweep. Ray's own id ends in that, save where a search algorithm chose the
+    trial: then its tag begins with the number, counted from 1.
+    """
+    _, _, number = trial.trial_id.partition("_")
+    return trial_id(int(number) if number else int(trial.experiment_tag.partition("_")[0]) - 1)

@@ -65,5 +65,9 @@ class Task:
     generate: Callable[[nn.Module, Batch], Any] | None = None
     """Generation, where the task does it; the probe runs it too."""
 
+    couples_samples: bool = False
+    """Whether the samples of a batch depend on one another beyond BatchNorm, as in a contrastive loss; then
+    gradients cannot be accumulated exactly, and the trial says so."""
+
 
 BuildTask: TypeAlias = Callable[[dict[str, Any]], Task]

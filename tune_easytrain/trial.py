@@ -5,19 +5,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.child_process import ChildProcess
 from tune_easytrain.errors import MetricError, did_you_mean
 from tune_easytrain.events import Event, Failed, Planned, Reported, Rescued, Started, TrainingEnded
+from tune_easytrain.exactness import check_exactness
 from tune_easytrain.microbatch_search import Emit, find_limit
 from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache, ProbeEvidence
 from tune_easytrain.protocol import Continue, Finished, Opened, Opening, PlanChanged, Report, TrainRequest
 from tune_easytrain.settings import TrialSettings
-from tune_easytrain.trial_children import TrialChildren
+from tune_easytrain.trial_children import TrainingProcess, TrialChildren, TrialProcesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class TrialSpec:
 
     `device` is `cuda` or `cpu`, `device_share` the trial's share of that device's memory, `num_threads`
     torch's threads on the CPU. `preloaded_modules` are imported once for all children of this process.
+    `cloned_from` names the trial that wrote the checkpoint, where it is another one.
     """
 
     config: dict[str, Any]
@@ -37,21 +38,32 @@ class TrialSpec:
     num_threads: int
     checkpoint_path: str | None = None
     preloaded_modules: tuple[str, ...] = ()
+    cloned_from: str = ""
 
 
-def run_trial(spec: TrialSpec, emit: Emit, cache: ProbeCache | None = None) -> Iterator[Report]:
+def run_trial(
+    spec: TrialSpec,
+    emit: Emit,
+    cache: ProbeCache | None = None,
+    processes: Callable[[Opening], TrialProcesses] | None = None,
+) -> Iterator[Report]:
     """Run one trial in children of this process and yield its reports.
 
     The child waits until the next report is asked for. Closing the generator ends the child, and with it
     whatever it held on the device. `emit` takes the trial's events as they happen, `cache` is what the
-    sweep's trials know of each other's probes (None: this trial is alone).
+    sweep's trials know of each other's probes (None: this trial is alone), `processes` starts what runs the
+    trial's torch code (None: a child of this process).
 
     Raises NotEnoughMemoryError when not even one sample fits, ChildDiedError when training died, and what
     the task's own code raised, with its type.
     """
-    emit(Started(config=spec.config, resumed=spec.checkpoint_path is not None))
+    is_resumed = spec.checkpoint_path is not None
+    emit(Started(config=spec.config, resumed=is_resumed, cloned_from=spec.cloned_from))
     scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
-    children = TrialChildren(_opening(spec, scratch_dir), spec.preloaded_modules)
+    opening = _opening(spec, scratch_dir)
+    children: TrialProcesses = (
+        TrialChildren(opening, spec.preloaded_modules) if processes is None else processes(opening)
+    )
     cache = LocalProbeCache() if cache is None else cache
     try:
         opened = children.open()
@@ -80,27 +92,33 @@ def run_trial(spec: TrialSpec, emit: Emit, cache: ProbeCache | None = None) -> I
 
 
 def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) -> Planned:
-    """Return the batch plan that training gets, as an event."""
-    effective, warning = settings.effective_batch_size, ""
+    """Return the batch plan that training gets, as an event.
+
+    Raises InexactBatchError where its gradients cannot equal the whole batch's though they are to.
+    """
+    effective, warnings = settings.effective_batch_size, []
     if (
         effective is not None
         and opened.num_train_samples is not None
         and opened.num_train_samples < effective
     ):
-        warning = (
+        warnings.append(
             f"the training set has only {opened.num_train_samples} samples, fewer than the effective batch "
             f"size {effective}: every optimizer step sees all of them"
         )
         effective = opened.num_train_samples
-    plan = None if effective is None or limit is None else BatchPlan.build(effective, limit)
+    plan = None
+    if effective is not None and limit is not None:
+        plan = BatchPlan.build(effective, limit, num_workers=settings.num_workers)
+        warnings.append(check_exactness(plan, opened.coupling, settings.exact))
     return Planned(
         device=opened.device_name,
         budget_bytes=opened.budget_bytes,
         effective_batch_size=effective,
         microbatch_size=None if plan is None else plan.microbatch_size,
         accumulation_steps=None if plan is None else plan.accumulation_steps,
-        num_workers=1,
-        warning=warning,
+        num_workers=settings.num_workers,
+        warning="; ".join(filter(None, warnings)),
     )
 
 
@@ -141,7 +159,7 @@ def with_rescues_published(emit: Emit, opened: Opened, cache: ProbeCache) -> Emi
 
 
 def _train(
-    child: ChildProcess, limit: int | None, planned: Planned, metric: str, emit: Emit
+    child: TrainingProcess, limit: int | None, planned: Planned, metric: str, emit: Emit
 ) -> Iterator[Report]:
     child.send(TrainRequest(limit))
     num_reports, has_ended = 0, False

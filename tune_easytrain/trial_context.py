@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import TaskError
 from tune_easytrain.memory import DeviceMemory
 from tune_easytrain.protocol import PlanChanged, Report
+from tune_easytrain.rank_group import RankGroup
 from tune_easytrain.rescue import Rescue
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import Task
@@ -31,6 +32,8 @@ class TrialContext:
             sweep gives no batch size. What is in use after a rescue is the plan of `rescue(model)`.
         settings: the trial's `batch` and `train` keys.
         is_near_edge: whether the allocator had to flush its cache when the probe tried this plan's limit.
+        ranks: the workers that train this trial together; `ranks.rank` is this one's number. Each of them
+            calls the training function, with its own share of the batch plan.
     """
 
     task: Task | None
@@ -42,6 +45,7 @@ class TrialContext:
     checkpoint_path: Path | None
     send: Callable[[Report | PlanChanged], None]
     is_near_edge: bool = False
+    ranks: RankGroup = field(default_factory=RankGroup)
 
     def report(
         self,
@@ -53,6 +57,8 @@ class TrialContext:
     ) -> None:
         """Report metrics, usually once an epoch; returns when they have been taken.
 
+        Of several workers the first one's are taken, and the others' calls do nothing.
+
         Args:
             metrics: numbers by name; must hold the sweep's metric. `epoch` is counted where it is missing.
             checkpoint: tensors and plain values from which `load_checkpoint` lets the trial go on; written
@@ -62,6 +68,8 @@ class TrialContext:
 
         Raises TaskError for a value that is not a number.
         """
+        if not self.ranks.is_first:
+            return
         path = None
         if checkpoint is not None:
             path = self.scratch_dir / "checkpoint.pt"

@@ -110,7 +110,9 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
     task, _ = load_sweep_functions(config)
     if task is None:
         raise TaskError("task: a task is probed, and the sweep names none")
-    settings = TrialSettings.from_config(configs[number], metric=config.run.metric, mode=config.run.mode)
+    settings = TrialSettings.from_config(
+        configs[number], metric=config.run.metric, mode=config.run.mode, num_workers=config.trial.num_workers
+    )
     settings = replace(settings, probe="auto")
     resources = config.trial.resources
     with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:

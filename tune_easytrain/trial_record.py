@@ -26,7 +26,9 @@ PROGRESS_KEYS = (
     "num_samples",
     "num_rescues",
     "learning_rate",
+    "gradient_noise_scale",
     "samples_per_second",
+    "data_wait_share",
     "epoch_seconds",
 )
 """Reported values that have columns of their own; all others are metrics."""
@@ -85,6 +87,8 @@ class TrialRecord:
             case Started():
                 self.config, self.state = event.config, TrialState.PROBING
                 self.error = self.error_details = self.reason = ""
+                if event.cloned_from:
+                    self.reports.clear()
             case Probed():
                 self.probe = event
             case Planned():

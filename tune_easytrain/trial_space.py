@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 POINT_KEY = "point"
@@ -19,12 +19,14 @@ class TrialSpace:
     """The part of a sweep that is the same for all trials; it is pickled to the workers.
 
     `keys` are the dotted grid keys in the order of a point's values, `constants` the user's `config`,
-    `sections` the sweep's `batch` and `train` as plain dicts.
+    `sections` the sweep's `batch` and `train` as plain dicts. `numbered` holds, by the names under which Ray
+    gives them, what a trial gets as a number: the place of its value among these.
     """
 
     keys: tuple[str, ...]
     constants: Mapping[str, Any]
     sections: Mapping[str, Mapping[str, Any]]
+    numbered: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def config(self, point: Sequence[Any], sampled: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the nested config of one trial; it shares no value with any other trial's.
@@ -40,11 +42,22 @@ class TrialSpace:
         result: dict[str, Any] = copy.deepcopy({**self.constants, **self.sections})
         for key, value in values.items():
             _put(result, key.split("."), copy.deepcopy(value))
+        _complete_budget(result.get("train", {}))
         return result
 
     def config_from_ray(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the nested config of the trial that Ray gave `params` (see `search_space.param_space`)."""
-        return self.config(params[POINT_KEY], {key: params[key] for key in params if key != POINT_KEY})
+        values = {
+            key: self.numbered[key][int(value)] if key in self.numbered else value
+            for key, value in params.items()
+        }
+        return self.config(values.pop(POINT_KEY), values)
+
+
+def _complete_budget(train: dict[str, Any]) -> None:
+    """Make it one epoch where no budget is given; a sweep file gives at most one."""
+    if all(train.get(key) is None for key in ("epochs", "num_samples", "num_steps")):
+        train["epochs"] = 1
 
 
 def _put(target: dict[str, Any], parts: Sequence[str], value: Any) -> None:

@@ -162,9 +162,10 @@ def demo_data(tmp_path_factory):
     return folder
 
 
-def test_the_data_of_the_demo(demo_data):
+@pytest.mark.parametrize("train", [{"epochs": 2}, {"num_samples": 36 + 31}, {"num_steps": 8}])
+def test_the_data_of_the_demo(demo_data, train):
     config = small(data={"root": str(demo_data)}, optimizer={"schedule": "cosine"})
-    config |= {"train": {"epochs": 2}, "batch": {"effective_batch_size": 10}}
+    config |= {"train": train, "batch": {"effective_batch_size": 10}}
     task = ucf101.build_task(config)
     train, validation = task.train_data(), task.val_data()
     assert (len(train), len(validation)) == (36, 12)
@@ -180,6 +181,25 @@ def test_the_data_of_the_demo(demo_data):
         optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(0)
+
+
+def test_loader_processes_decode_the_same_clips(demo_data):
+    from tune_easytrain.batch_plan import BatchPlan
+    from tune_easytrain.loader import EpochLoader
+
+    task = ucf101.build_task(small(data={"root": str(demo_data), "sampling": "consecutive"}))
+    data, plan = task.train_data(), BatchPlan.build(10, 4)
+
+    def read(num_workers):
+        loader = EpochLoader(task, data, torch.device("cpu"), seed=0, num_workers=num_workers)
+        epochs = [loader.windows(10, epoch) for epoch in (0, 1)]
+        return [batch for windows in epochs for k in range(len(windows)) for batch in windows.read(k, plan)]
+
+    batches = read(2)
+    assert sum(len(labels) for _, labels in batches) == 2 * 36
+    for (clips, labels), (expected_clips, expected_labels) in zip(batches, read(0), strict=True):
+        assert torch.equal(clips, expected_clips)
+        assert torch.equal(labels, expected_labels)
 
 
 def test_full_size_clips_are_the_published_transform(demo_data):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,17 @@ def _cut(value: Any, start: int, stop: int, num_samples: int) -> Any:
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with every tensor on `device`; non-blocking from pinned memory."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """Return the batch with what the function makes of every tensor."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return type(batch)({key: move_batch(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: map_tensors(value, function) for key, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, (tuple, list)):
-        return _rebuild(batch, [move_batch(value, device) for value in batch])
+        return _rebuild(batch, [map_tensors(value, function) for value in batch])
     return batch
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
 from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error, first_line
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.random_state import get_random_state, set_random_state
@@ -32,6 +32,8 @@ class Rescue:
 
     Attributes:
         plan: the batch plan in use. It may be exchanged for another one between windows.
+        is_alone: whether windows are computed by this worker alone. Where other workers wait for it inside of
+            them, none can be computed again: MicrobatchTooLargeError is raised instead.
         num_rescues: how often a window was computed again.
     """
 
@@ -40,6 +42,7 @@ class Rescue:
     ) -> None:
         """`tell` is called with every new plan, before the window is computed again."""
         self.plan = plan
+        self.is_alone = True
         self.num_rescues = 0
         self._model = model
         self._memory = memory
@@ -71,6 +74,8 @@ class Rescue:
                         error.add_note(f"in place of a micro-batch of {failed_size}, which ran out of memory")
                     raise
                 message = first_line(error)
+                if not self.is_alone:
+                    raise MicrobatchTooLargeError(size, message) from error
                 if size <= 1:
                     raise OutOfMemoryInTrainingError(
                         f"not even a single sample at a time fits any more: {message}. Give the trial more "
@@ -115,7 +120,7 @@ class StateSnapshot:
         values = [buffers.get(name) for buffers, name in self._slots]
         if len(values) != len(self._values) or not all(map(is_, values, self._values)):
             self._values = values
-            self._buffers = [value for value in values if value is not None and _can_change(value)]
+            self._buffers = [value for value in values if value is not None and can_change(value)]
             self._copies = [buffer.detach().clone() for buffer in self._buffers]
         elif self._buffers:
             torch._foreach_copy_(self._copies, self._buffers)
@@ -130,7 +135,8 @@ class StateSnapshot:
                 buffer.copy_(copy)
 
 
-def _can_change(buffer: Tensor) -> bool:
+def can_change(buffer: Tensor) -> bool:
+    """Return whether a forward pass may write into a buffer."""
     # Nothing can be written into an expanded tensor, nor into one made in inference mode; and integers by the
     # tens of thousands are a table of positions, not a count.
     if not buffer.is_floating_point() and buffer.numel() > _LARGEST_COUNT:

@@ -184,3 +184,9 @@ def test_training_is_limited_to_what_the_search_would_end_with(batch: dict[str, 
 @pytest.mark.parametrize(("number", "power"), [(0, 0), (1, 1), (2, 2), (3, 2), (64, 64), (127, 64)])
 def test_powers_of_two(number: int, power: int) -> None:
     assert largest_power_of_two(number) == power
+
+
+def test_a_limit_in_tokens_is_told_to_be_unknown() -> None:
+    told = make_plan(make_sweep(["small"], max_tokens=4096)).describe()
+    assert any(line.startswith("Not known here: how many samples batch.max_tokens allows") for line in told)
+    assert not any("max_tokens" in line for line in make_plan(make_sweep(["small"])).describe())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_easytrain.accelerators import Accelerator
@@ -14,9 +14,10 @@ from tune_easytrain.errors import EstimateError
 from tune_easytrain.grid import MODEL_KEY, Distribution
 from tune_easytrain.memory_budget import BudgetRequest, probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.memory_ladder import choose_strategies, ladder
 from tune_easytrain.probe import SearchPlan, largest_power_of_two
 from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
-from tune_easytrain.settings import TrialSettings, given_batch_size
+from tune_easytrain.settings import TrialSettings, given_batch_size, with_strategies_of
 
 UNLIMITED_SAMPLES = 4096
 """The largest micro-batch looked at where neither a batch size nor an effective batch size limits it."""
@@ -36,6 +37,7 @@ class TrialMemory:
         budget_bytes: what the trial may use of the GPU.
         estimate: its memory by micro-batch size; None where there is none.
         error: why there is none.
+        strategy: what `memory.strategy: auto` chose for it; empty where it chose nothing.
     """
 
     name: str
@@ -45,6 +47,7 @@ class TrialMemory:
     budget_bytes: int
     estimate: MemoryEstimate | None
     error: str | None = None
+    strategy: str = ""
 
     @property
     def limit(self) -> int:
@@ -78,6 +81,11 @@ class TrialMemory:
         if self.settings.probe == "off":
             return self.estimate.peak_bytes(self.limit) <= self.usable_bytes
         return self.largest_fitting() != 0
+
+    @property
+    def fits_limit(self) -> bool:
+        """Whether as many samples fit at once as are worth holding."""
+        return self.largest_fitting() == self.limit
 
     @property
     def most_at_once(self) -> int | None:
@@ -138,6 +146,7 @@ class TrialMemory:
             "memory_budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "error": self.error,
+            "strategy": self.strategy,
         }
 
 
@@ -204,6 +213,14 @@ class MemoryPlan:
             "No estimate", (trial.error and f"{trial.name}: {trial.error}" for trial in self.trials)
         )
         lines += _listed("Estimated without", (line for t in self.trials for line in _missing_phases(t)))
+        if any(trial.settings.max_tokens is not None for trial in self.trials):
+            lines.append(
+                "Not known here: how many samples batch.max_tokens allows, which depends on the longest one; "
+                "micro-batches may be smaller than shown."
+            )
+        lines += _listed(
+            "Chosen by the estimate", (t.strategy and f"{t.name}: {t.strategy}" for t in self.trials)
+        )
         if self.drawn:
             shown = ", ".join(f"{key}={value}" for key, value in self.drawn.items())
             lines.append(f"Drawn keys were estimated at {shown}.")
@@ -250,7 +267,29 @@ def build_memory_plan(
                 error=estimate.reason if isinstance(estimate, EstimateError) else None,
             )
         )
-    return MemoryPlan(accelerator, tuple(trials), drawn)
+    return MemoryPlan(accelerator, _with_strategies(trials, estimate_all), drawn)
+
+
+def _with_strategies(trials: Sequence[TrialMemory], estimate_all: EstimateAll) -> tuple[TrialMemory, ...]:
+    """Return the trials as `memory.strategy: auto` lets them run; all rungs of all are estimated together."""
+    climbing = {
+        (number, settings): with_strategies_of(trial.config, settings)
+        for number, trial in enumerate(trials)
+        if trial.settings.strategy == "auto" and trial.estimate is not None and not trial.fits_limit
+        for settings in ladder(trial.settings)
+    }
+    estimates = dict(zip(climbing, estimate_all([*climbing.values()]) if climbing else (), strict=True))
+
+    def chosen(number: int, trial: TrialMemory) -> TrialMemory:
+        if (number, trial.settings) not in estimates:
+            return trial
+        choice = choose_strategies(
+            trial.settings, trial.limit, trial.budget_bytes, lambda settings: estimates[number, settings]
+        )
+        assert isinstance(choice.estimate, MemoryEstimate)
+        return replace(trial, settings=choice.settings, estimate=choice.estimate, strategy=choice.description)
+
+    return tuple(chosen(number, trial) for number, trial in enumerate(trials))
 
 
 def example_configs(config: SweepConfig, max_experiments: int | None = None) -> list[dict[str, Any]]:

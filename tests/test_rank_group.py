@@ -1,52 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
-import cloudpickle
 import pytest
 import torch
+from gloo_workers import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
-from tune_easytrain.child_process import forkserver_context
-from tune_easytrain.protocol import WorkerPlace
-from tune_easytrain.rank_group import RankGroup, buckets
-
-CPU = torch.device("cpu")
-
-
-def serve(connection: Connection, payload: bytes) -> None:
-    torch.set_num_threads(1)
-    work, rank, num_workers, port = cloudpickle.loads(payload)
-    address = None if port is None else ("127.0.0.1", port)
-    group = RankGroup.join(WorkerPlace(rank, num_workers, address), CPU, connection.send)
-    connection.send(cloudpickle.dumps(work(group)))
-    group.leave()
-
-
-def on_ranks(work: Callable[[RankGroup], Any], num_workers: int = 2) -> list[Any]:
-    """What `work` returns on each of several ranks, real processes that meet over gloo."""
-    context = forkserver_context()
-    port = None
-    connections, processes = [], []
-    for rank in range(num_workers):
-        ours, theirs = context.Pipe()
-        payload = cloudpickle.dumps((work, rank, num_workers, port))
-        process = context.Process(target=serve, args=(theirs, payload))
-        process.start()
-        theirs.close()
-        if rank == 0:
-            port = ours.recv()
-        connections.append(ours)
-        processes.append(process)
-    answers = [cloudpickle.loads(connection.recv()) for connection in connections]
-    for process in processes:
-        process.join(30)
-    return answers
+from tune_easytrain.rank_group import RankGroup, buckets, exchange_as_one
 
 
 def make_net() -> nn.Sequential:
@@ -101,7 +65,7 @@ def test_a_parameter_that_one_rank_uses_gets_its_share_and_an_unused_one_nothing
 
 def test_a_window_without_a_sample_on_any_rank_is_refused() -> None:
     def work(group: RankGroup) -> str:
-        with pytest.raises(ValueError, match="without a single sample") as caught:
+        with pytest.raises(ValueError, match="has no gradient") as caught:
             group.average_gradients(make_net().parameters(), None)
         return str(caught.value)
 
@@ -122,6 +86,38 @@ def test_state_is_the_first_ranks_and_sums_are_of_all() -> None:
     assert on_ranks(work) == [(1.0, 1.0, 5.0, [2.0, 1.0]), (2.0, 1.0, 5.0, [2.0, 1.0])]
 
 
+def test_the_largest_number_and_a_broadcast_are_the_same_on_every_rank() -> None:
+    def work(group: RankGroup) -> tuple[list[float], list[float]]:
+        tensor = torch.full((2,), float(group.rank))
+        group.broadcast(tensor, 1)
+        return group.largest([group.rank, -group.rank]), tensor.tolist()
+
+    assert on_ranks(work) == [([1.0, 0.0], [1.0, 1.0])] * 2
+
+
+def test_what_a_rank_has_comes_to_the_first_one_whole() -> None:
+    def tree(rank: int) -> dict[Any, Any]:
+        large = torch.arange(200, dtype=torch.float64).view(20, 10) + rank
+        return {
+            3: {"step": torch.tensor(float(rank)), "half": large.to(torch.bfloat16), "turned": large.t()},
+            "view": large[0, :2],
+            "other": [None, "text", (large > 100,), {"flag": True}],
+        }
+
+    def work(group: RankGroup) -> Any:
+        return group.bring_to_first(tree(group.rank), 2)
+
+    found, *others = on_ranks(work, 3)
+    assert others == [None, None]
+    expected = tree(2)
+    for key in ("step", "half", "turned"):
+        assert found[3][key].dtype == expected[3][key].dtype
+        assert found[3][key].equal(expected[3][key])
+    assert found["view"].equal(expected["view"])
+    assert found["other"][2][0].equal(expected["other"][2][0])
+    assert (found["other"][:2], found["other"][3]) == ([None, "text"], {"flag": True})
+
+
 def test_one_worker_exchanges_nothing() -> None:
     group, model = RankGroup(), make_net()
     record = accumulate_gradients(model, loss, [make_samples(4)])
@@ -132,6 +128,8 @@ def test_one_worker_exchanges_nothing() -> None:
         assert parameter.grad.equal(gradient)
     group.share_state(model)
     assert group.sum([3.0]) == [3.0]
+    assert group.largest([3.0]) == [3.0]
+    group.broadcast(model[0].weight, 0)
     assert group.is_first
     group.leave()
 
@@ -150,3 +148,13 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_they_may(
     for bucket in found:
         assert len({t.dtype for t in bucket}) == 1
         assert len(bucket) == 1 or sum(t.numel() * t.element_size() for t in bucket) <= most_bytes
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tensors_exchanged_as_one_hold_what_was_left_in_it(turned: bool) -> None:
+    tensors = [torch.ones(3, 4), torch.full((2,), 2.0)]
+    if turned:
+        tensors = [torch.ones(4, 3).t()]
+    exchange_as_one(tensors, lambda flat: flat.mul_(3))
+    for tensor, value in zip(tensors, (3.0, 6.0), strict=False):
+        assert (tensor == value).all()

@@ -7,19 +7,24 @@ than the others, none at all, or a window that it had to compute again, and nobo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
+from torch.utils._pytree import tree_map
 
 from tune_easytrain.accumulate import AccumulationRecord
+from tune_easytrain.errors import NothingToLearnError
 from tune_easytrain.protocol import WorkerPlace
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are copied together up to this size, so that one reduction carries many of them."""
+
+_LARGEST_PICKLED = 64  # numbers; a tensor of more travels as a tensor
 
 _TIMEOUT = timedelta(hours=24)  # a rank that is gone ends the others; one that is slow must not
 
@@ -52,7 +57,7 @@ class RankGroup:
         else:
             host, port = place.store_address
             store = TCPStore(host, port, place.num_workers, is_master=False, timeout=_TIMEOUT)
-        if device.type == "cuda":
+        if device.index is not None:  # without, it is the only GPU that this process sees
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -90,6 +95,55 @@ class RankGroup:
         summed: list[float] = totals.tolist()
         return summed
 
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Return of each number the largest that a rank has."""
+        if self.num_workers == 1:
+            return list(values)
+        most = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found: list[float] = most.tolist()
+        return found
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every rank the values that rank `source` has in a contiguous tensor."""
+        if self.num_workers > 1:
+            dist.broadcast(tensor, src=source)
+
+    def bring_to_first(self, tree: Any, source: int) -> Any:
+        """Return on rank 0 what `tree` is on rank `source`; on the others None.
+
+        Every rank calls it. Tensors cross one at a time and come to the CPU at once, so that no device holds
+        more of them than the largest.
+
+        Args:
+            tree: dicts, lists and tuples of tensors and picklable values; looked at on rank `source` alone.
+            source: the rank that has it.
+        """
+        large: list[Tensor] = []
+
+        def described(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if leaf.device.type != self._device.type or leaf.numel() <= _LARGEST_PICKLED:
+                return leaf.detach().cpu().clone()  # a view would be pickled with all it is a view of
+            large.append(leaf)
+            return _Described(leaf.shape, leaf.dtype)
+
+        def received(leaf: Any) -> Any:
+            if not isinstance(leaf, _Described):
+                return leaf
+            if self.rank == source:
+                tensor = large.pop(0).detach().contiguous()
+            else:
+                tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
+            return tensor.cpu() if self.is_first else None
+
+        outline = [tree_map(described, tree) if self.rank == source else None]
+        dist.broadcast_object_list(outline, src=source, device=self._device)
+        found = tree_map(received, outline[0])
+        return found if self.is_first else None
+
     def average_gradients(
         self, parameters: Iterable[nn.Parameter], record: AccumulationRecord | None
     ) -> AccumulationRecord:
@@ -109,7 +163,7 @@ class RankGroup:
         own = (0.0, 0.0, 0.0) if record is None else (record.loss, record.weight, float(record.num_samples))
         loss_sum, weight, num_samples, *counts = self.sum([own[0] * own[1], own[1], own[2], *has_gradient])
         if not weight:
-            raise ValueError("a window without a single sample has no gradient")
+            raise NothingToLearnError("a window in which no sample counts has no gradient")
         share = own[1] / weight
         gradients = []
         for parameter, own_count, count in zip(every, has_gradient, counts, strict=True):
@@ -122,7 +176,7 @@ class RankGroup:
         if gradients:
             torch._foreach_mul_(gradients, share)
         for bucket in buckets(gradients):
-            _reduce(bucket)
+            exchange_as_one(bucket, dist.all_reduce)
         record = record or AccumulationRecord(0.0, 0, 0.0, ())
         return replace(record, loss=loss_sum / weight, weight=weight, num_samples=round(num_samples))
 
@@ -131,7 +185,12 @@ class RankGroup:
             return
         with torch.no_grad():
             for tensor in tensors:
-                dist.broadcast(tensor.data, src=0)
+                if tensor.device.type == self._device.type:
+                    dist.broadcast(tensor.data, src=0)
+                    continue
+                sent = tensor.to(self._device)  # NCCL reads no host memory
+                dist.broadcast(sent, src=0)
+                tensor.copy_(sent)
 
 
 def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
@@ -149,13 +208,27 @@ def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterat
         yield bucket
 
 
-def _reduce(tensors: list[Tensor]) -> None:
-    """Sum tensors over all ranks in one reduction."""
+def exchange_as_one(tensors: list[Tensor], exchange: Callable[[Tensor], object]) -> None:
+    """Call `exchange` with one contiguous tensor of all the values, and put what it leaves there back."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        dist.all_reduce(tensors[0])
+        exchange(tensors[0])
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    sums = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, summed in zip(tensors, sums, strict=True):
-        tensor.copy_(summed.view_as(tensor))
+    exchange(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def take_buffers(tensors: Sequence[Tensor]) -> None:
+    """Take the memory that exchanging tensors with other ranks takes, and give it back; nothing is sent."""
+    for bucket in buckets(tensors):
+        exchange_as_one(bucket, lambda tensor: None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """Stands for a tensor that travels by itself."""
+
+    shape: torch.Size
+    dtype: torch.dtype

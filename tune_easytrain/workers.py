@@ -6,11 +6,13 @@ smallest limit; when one of them fails or is gone, the others are ended with it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -22,7 +24,7 @@ from tune_easytrain.child_process import RemoteError
 from tune_easytrain.cluster import trials_per_node
 from tune_easytrain.errors import ChildDiedError, EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.probe import Attempt
+from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.protocol import (
     Continue,
     Finished,
@@ -37,6 +39,11 @@ from tune_easytrain.protocol import (
 from tune_easytrain.trial_children import TrainingProcess, TrialChildren
 
 _KILL_WAIT_SECONDS = 15.0
+_LOST_PEER_SECONDS = 5.0
+"""How long one waits for what really happened, where a rank fails since another one is gone."""
+
+_LOST_PEER = re.compile(r"(closed|reset) by peer|broken pipe|\bgloo\b|nccl|tcpstore", re.IGNORECASE)
+_SMALLER_HELPS = (Outcome.OUT_OF_MEMORY, Outcome.SIZE_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ class Worker:
         self._children: TrialChildren | None = None
         self._training: TrainingProcess | None = None
         self._scratch_dir: str | None = None
+        self._ports: SimpleQueue[int | None] = SimpleQueue()
 
     def place(self) -> tuple[str, str]:
         """Return the id and the address of the node this worker is on."""
@@ -77,6 +85,7 @@ class Worker:
             checkpoint_path=path,
             scratch_dir=self._scratch_dir,
             device_share=share,
+            rank=self._rank,
             is_shared=opening.is_shared and self._rank == 0,
         )
         self._children = TrialChildren(opening, self._preloaded_modules)
@@ -98,6 +107,21 @@ class Worker:
             return _Told(error=RemoteError.from_exception(error))
         return self.next_message(False)
 
+    def attempt(self, microbatch_size: int, timeout_seconds: float, place: WorkerPlace) -> _Told:
+        """Try a size together with the other ranks' children."""
+        assert self._children is not None
+        try:
+            return _Told(self._children.attempt(microbatch_size, timeout_seconds, place, self._ports.put))
+        except Exception as error:  # noqa: BLE001 -- the trial raises it again
+            return _Told(error=RemoteError.from_exception(error))
+        finally:
+            if place.store_address is None:
+                self._ports.put(None)  # for one who waits for a port that does not come
+
+    def port(self) -> int | None:
+        """Return the port of the store that this rank's child opens to try; None where it opens none."""
+        return self._ports.get()
+
     def next_message(self, goes_on: bool) -> _Told:
         """Let training go on where it waits, and return the next message."""
         assert self._training is not None
@@ -107,6 +131,10 @@ class Worker:
             return _Told(self._training.receive())
         except Exception as error:  # noqa: BLE001 -- the trial raises it again
             return _Told(error=RemoteError.from_exception(error))
+
+    def forget_ports(self) -> None:
+        """Forget the ports of attempts before."""
+        self._ports = SimpleQueue()
 
     def read_file(self, path: str) -> bytes:
         """Return a file's content, for a trial on another node."""
@@ -186,12 +214,56 @@ class WorkerProcesses:
         return estimate
 
     def attempt(self, microbatch_size: int, timeout_seconds: float) -> Attempt:
-        """Try one size on every rank at once; the worst of the outcomes counts, and the highest peak."""
-        attempts: list[Attempt] = self._call("attempt", microbatch_size, timeout_seconds)
+        """Try one size on every rank at once; the worst of the outcomes counts, and the highest peak.
+
+        The ranks of a sharded model try together. What fails on one ends the others, that wait for it.
+        """
+        if self._opening.settings.sharding == "full":
+            attempts = self._attempt_together(microbatch_size, timeout_seconds)
+        else:
+            attempts = self._call("attempt", microbatch_size, timeout_seconds)
         worst = min(attempts, key=lambda attempt: (attempt.ran, attempt.outcome == "fits"))
         peaks = [attempt.peak_bytes for attempt in attempts if attempt.peak_bytes is not None]
         seconds = max(attempt.seconds for attempt in attempts)
         return replace(worst, peak_bytes=max(peaks, default=None), seconds=seconds)
+
+    def _attempt_together(self, microbatch_size: int, timeout_seconds: float) -> list[Attempt]:
+        num_workers = len(self._actors)
+        (_, host), _ = _get([self._actors[0].place.remote(), self._actors[0].forget_ports.remote()])
+        calls = {
+            self._actors[0].attempt.remote(microbatch_size, timeout_seconds, WorkerPlace(0, num_workers)): 0
+        }
+        (port,) = _get([self._actors[0].port.remote()])
+        for rank, actor in enumerate(self._actors[1:] if port is not None else [], start=1):
+            place = WorkerPlace(rank, num_workers, (host, port))
+            calls[actor.attempt.remote(microbatch_size, timeout_seconds, place)] = rank
+        answers = self._settle(calls)
+        attempts: list[Attempt] = [told.value for told in answers if told.error is None]
+        if all(attempt.ran for attempt in attempts) and len(attempts) == len(answers):
+            return attempts
+        self._call("kill")  # a group that has lost a rank is of no use
+        limits = [attempt for attempt in attempts if attempt.outcome in _SMALLER_HELPS]
+        errors = [told.error for told in answers if told.error is not None]
+        causes = [error for error in errors if not _is_lost_peer(error)]
+        if limits or not errors:
+            return limits or attempts
+        raise (causes or errors)[0].exception()
+
+    def _settle(self, calls: dict[Any, int]) -> list[_Told]:
+        """Wait for the ranks' answers; after a failure for a moment only, since they wait for each other."""
+        answers: list[_Told] = []
+        wait_seconds: float | None = None
+        while calls:
+            done, _ = ray.wait(list(calls), num_returns=1, timeout=wait_seconds)
+            if not done:
+                _get([self._actors[rank].call.remote("kill") for rank in calls.values()])
+                break
+            told: _Told = _get(done)[0]
+            del calls[done[0]]
+            answers.append(told)
+            if told.error is not None or not told.value.ran:
+                wait_seconds = _LOST_PEER_SECONDS
+        return answers
 
     def for_training(self) -> TrainingProcess:
         """Return what trains on all ranks together."""
@@ -264,7 +336,7 @@ class _Training:
             if not done:
                 raise TimeoutError(f"no answer from the trial's workers in {timeout_seconds:g} s")
             rank = self._waiting.pop(done[0])
-            message = _value(_get(done)[0])
+            message = _value(self._cause(_get(done)[0]))
             if isinstance(message, Finished):
                 self._finished.add(rank)
                 if len(self._finished) == len(self._actors):
@@ -276,6 +348,16 @@ class _Training:
             self._wait_for(rank, self._actors[rank].next_message.remote(False))
             return message
 
+    def _cause(self, told: _Told) -> _Told:
+        """Return of the errors of all ranks the one that the others come from: those have lost a rank."""
+        if told.error is None or not _is_lost_peer(told.error) or not self._waiting:
+            return told
+        waiting = list(self._waiting)
+        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_LOST_PEER_SECONDS)
+        others: list[_Told] = _get(done)
+        causes = [other for other in others if other.error is not None and not _is_lost_peer(other.error)]
+        return causes[0] if causes else told
+
     def _with_checkpoint_here(self, report: Report) -> Report:
         if report.checkpoint_path is None or self._copies_to is None:
             return report
@@ -286,6 +368,11 @@ class _Training:
 
     def _wait_for(self, rank: int, call: Any) -> None:
         self._waiting[call] = rank
+
+
+def _is_lost_peer(error: RemoteError) -> bool:
+    """Return whether an error says no more than that another rank is gone."""
+    return _LOST_PEER.search(error.message) is not None
 
 
 def _get(calls: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,48 @@
+"""A trial of two workers on two GPUs, on a real Ray of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tune_easytrain as te
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+TASKS = Path(__file__).parents[1] / "integration" / "integration_tasks.py"
+
+
+def sweep(tmp_path: Path, num_workers: int, sharding: str) -> dict[str, Any]:
+    """E = 5 is 3 and 2 samples, in two and one micro-batches; the last window has one sample, on one rank."""
+    return {
+        "name": f"workers_{num_workers}_{sharding}",
+        "task": f"{TASKS}:build_exact_task",
+        "config": {"data": {"num_samples": 16}, "hp": {"batch_size": 2}},
+        "grid_search": {"grid": {"memory.sharding": [sharding]}},
+        "batch": {"effective_batch_size": 5, "memory_budget": "1GiB"},
+        "train": {"epochs": 3, "clip_norm": 0.5},
+        "trial": {"resources": {"cpu": 1, "gpu": 1}, "num_workers": num_workers},
+        "run": {"metric": "val_loss", "storage": str(tmp_path / "runs")},
+    }
+
+
+def weights(results: te.SweepResults) -> dict[str, torch.Tensor]:
+    (path,) = sorted(Path(results.run_dir).rglob("checkpoint.pt"))[-1:]
+    model: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    return model
+
+
+def test_two_gpus_train_as_one_does(tmp_path):
+    from tune_easytrain.cluster import ray_session
+
+    with ray_session("local"):
+        alone = te.run(sweep(tmp_path, 1, "none"), quiet=True)
+        for sharding in ("none", "optimizer"):
+            results = te.run(sweep(tmp_path, 2, sharding), quiet=True)
+            (row,) = results.frame().to_dict("records")
+            assert (row["state"], row["num_workers"], row["accumulation_steps"]) == ("finished", 2, 2)
+            for name, value in weights(alone).items():
+                torch.testing.assert_close(weights(results)[name], value, rtol=0, atol=1e-10)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tune_easytrain import BatchPlan, Task
+from tune_easytrain.length_batches import SampleLengths
 from tune_easytrain.loader import EpochLoader, EpochWindows, epoch_order
 
 CPU = torch.device("cpu")
@@ -75,7 +76,15 @@ def readers(windows: EpochWindows, plan: BatchPlan) -> set[int]:
     return set(torch.cat(batches)[:, 1].tolist())
 
 
-def make_loader(data: Any, *, seed: int = 0, num_workers: int = 0, **changes: Any) -> EpochLoader:
+def make_loader(
+    data: Any,
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+    lengths: SampleLengths | None = None,
+    group_by_length: bool = True,
+    **changes: Any,
+) -> EpochLoader:
     task = Task(
         model=lambda: nn.Linear(1, 1),
         loss=lambda model, batch: batch.sum(),
@@ -83,7 +92,15 @@ def make_loader(data: Any, *, seed: int = 0, num_workers: int = 0, **changes: An
         train_data=lambda: data,
         **changes,
     )
-    return EpochLoader(task, data, CPU, seed=seed, num_workers=num_workers)
+    return EpochLoader(
+        task,
+        data,
+        CPU,
+        seed=seed,
+        num_workers=num_workers,
+        lengths=lengths,
+        group_by_length=group_by_length,
+    )
 
 
 def read_epoch(loader: EpochLoader, plan: BatchPlan, epoch: int = 0) -> list[list[Tensor]]:
@@ -351,6 +368,86 @@ def test_waiting_is_the_time_that_reading_takes(monkeypatch: pytest.MonkeyPatch,
         for _ in windows.read(index, plan):
             now += 100  # the step
     assert windows.wait_seconds == 13 * 3
+
+
+def lengths_for(num_samples: int) -> SampleLengths:
+    """Lengths from 1 to 40, without an order."""
+    return SampleLengths([1 + 17 * index % 40 for index in range(num_samples)])
+
+
+@given(
+    num_samples=sizes,
+    effective=sizes,
+    limit=st.integers(1, 20),
+    num_workers=st.integers(1, 3),
+    data=st.data(),
+)
+def test_windows_grouped_by_length_hold_the_samples_they_hold_without(
+    num_samples: int, effective: int, limit: int, num_workers: int, data: st.DataObject
+) -> None:
+    lengths = lengths_for(num_samples)
+    whole = read_epoch(
+        make_loader(Ids(num_samples), lengths=lengths, group_by_length=False),
+        BatchPlan.build(effective, effective),
+    )
+    read: list[list[int]] = [[] for _ in whole]
+    for rank in range(num_workers):
+        plan = BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank)
+        windows = make_loader(Ids(num_samples), lengths=lengths).windows(effective, 0)
+        for index in range(len(windows)):
+            if data.draw(st.booleans()):  # a failure: some micro-batches are read, then the window again
+                next(windows.read(index, plan), None)
+            batches = list(windows.read(index, plan))
+            assert [b.tolist() for b in batches] == windows.samples.microbatches(index, plan)
+            read[index] += [i for batch in batches for i in batch.tolist()]
+    for index, (window,) in enumerate(whole):
+        assert sorted(read[index]) == sorted(window.tolist())
+
+
+def test_without_being_asked_to_group_lengths_change_nothing() -> None:
+    plan = BatchPlan.build(8, 3)
+    plain = read_epoch(make_loader(Ids(20)), plan)
+    known = read_epoch(make_loader(Ids(20), lengths=lengths_for(20), group_by_length=False), plan)
+    unknown = read_epoch(make_loader(Ids(20), group_by_length=True), plan)
+    expected = [[batch.tolist() for batch in window] for window in plain]
+    for epoch in (known, unknown):
+        assert [[batch.tolist() for batch in window] for window in epoch] == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_loader_processes_read_grouped_windows_ahead_and_stay(num_workers: int) -> None:
+    lengths, plan = lengths_for(50), BatchPlan.build(16, 2)
+    loader = make_loader(Processes(50), num_workers=num_workers, lengths=lengths)
+    alone = read_epoch(make_loader(Ids(50), lengths=lengths), plan)
+    windows = loader.windows(16, 0)
+    helped = [list(windows.read(index, plan)) for index in range(len(windows))]
+    assert [[b[:, 0].tolist() for b in w] for w in helped] == [[b.tolist() for b in w] for w in alone]
+    assert len({len(window) for window in alone}) > 1  # windows differ in their number of micro-batches
+    first = set(torch.cat([b for w in helped for b in w])[:, 1].tolist())
+    assert os.getpid() not in first
+    assert readers(loader.windows(16, 1), plan) == first
+
+
+def test_a_grouped_window_read_again_with_half_the_limit_has_half_the_tokens() -> None:
+    lengths = lengths_for(32)
+    windows = make_loader(Processes(32), num_workers=1, lengths=lengths).windows(32, 0)
+    for limit in (8, 4):
+        plan = BatchPlan.build(32, limit)
+        parts = [batch[:, 0].tolist() for batch in windows.read(0, plan)]
+        assert sorted(i for part in parts for i in part) == list(range(32))
+        assert max(lengths.num_padded_tokens([part]) for part in parts) <= limit * 40
+        assert parts == windows.samples.microbatches(0, plan)
+
+
+def test_validation_is_grouped_by_length_over_all_of_it() -> None:
+    lengths = SampleLengths([3, 9, 3, 9, 3], longest=9)
+    loader = make_loader(Ids(5), lengths=lengths)
+    assert [b.tolist() for b in loader.in_order(2)] == [[1, 3], [0, 2, 4]]
+    assert [list(loader.share(2, rank)) for rank in range(2)] == [[1, 0, 4], [3, 2]]
+    assert [b.tolist() for b in loader.in_order(2, loader.share(2, 0))] == [[1], [0, 4]]
+    plain = make_loader(Ids(5), lengths=lengths, group_by_length=False)
+    assert [list(plain.share(2, rank)) for rank in range(2)] == [[0, 2, 4], [1, 3]]
+    assert [b.tolist() for b in plain.in_order(2)] == [[0, 1], [2, 3], [4]]
 
 
 MALLOC_TEST = """

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import sequences
 import torch
 from nets import make_task, perceptron, zeros
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tune_easytrain.task import Task
-from tune_easytrain.worst_case import worst_case_batch
+from tune_easytrain.worst_case import with_known_worst_case, worst_case_batch
 
 META = torch.device("meta")
 
@@ -92,3 +94,17 @@ def test_a_fault_of_the_tasks_own_is_told() -> None:
 def test_data_is_moved_to_the_device() -> None:
     batch = worst_case_batch(task(worst_case=None, train_data=Growing), 3, META)
     assert (batch.device, batch.shape) == (META, (3, 8))
+
+
+def test_of_samples_with_lengths_it_is_the_longest_repeated_and_no_other_is_read() -> None:
+    data = sequences.Sequences([3, 5, 2, 4, 1, 1, 1, 1, 1, 9, 2])
+    known = sequences.make_task([1], train_data=lambda: data)
+    batch = worst_case_batch(known, 3)
+    assert batch.equal(data[9].expand(3, 9))
+    assert set(data.read) == {9}
+    kept = with_known_worst_case(known)
+    data.read.clear()
+    assert worst_case_batch(kept, 2).equal(batch[:2])
+    assert data.read == []
+    own = with_known_worst_case(replace(known, worst_case=lambda m: torch.ones(m, 4)))
+    assert worst_case_batch(own, 2).equal(torch.ones(2, 4))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tune_easytrain.batch import move_batch
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.data_wait import DataWait
+from tune_easytrain.length_batches import EpochSamples, SampleLengths
 from tune_easytrain.random_state import sample_seed
 from tune_easytrain.task import Batch, Task
 
@@ -47,9 +48,19 @@ class SeededSamples(Dataset[Any]):
         self._seed = seed
 
     def __getitem__(self, key: SampleKey) -> Any:
-        epoch, index = key
-        with _seeded_on_cpu(sample_seed(self._seed, epoch, index)):
-            return self._data[index]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Any]:
+        """Return the samples of a micro-batch, which a `DataLoader` asks for at once.
+
+        Random state is put back once for all of them: that takes ten times as long as a seed.
+        """
+        with _kept_state_of_cpu():
+            return [self._read(*key) for key in keys]
+
+    def _read(self, epoch: int, index: int) -> Any:
+        _seed_on_cpu(sample_seed(self._seed, epoch, index))
+        return self._data[index]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -66,9 +77,25 @@ class EpochLoader:
 
     For CUDA the batches lie in pinned memory, and are copied when they are asked for, without waiting for
     the copy. None is copied ahead: the device never holds two of them, which the probe has not tried.
+
+    Attributes:
+        lengths: how long the samples are, None where that is not known.
     """
 
-    def __init__(self, task: Task, data: Any, device: torch.device, *, seed: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        data: Any,
+        device: torch.device,
+        *,
+        seed: int,
+        num_workers: int,
+        lengths: SampleLengths | None = None,
+        group_by_length: bool = False,
+    ) -> None:
+        """With `group_by_length` samples of like length share a micro-batch, where `lengths` are known."""
+        self.lengths = lengths
+        self._groups = lengths if group_by_length else None
         self._samples = SeededSamples(data, seed)
         self._task = task
         self._device = device
@@ -88,15 +115,30 @@ class EpochLoader:
         """
         order = epoch_order(self.num_samples, self._seed, epoch)[:num_samples]
         wait = DataWait(self._device)
-        read = partial(_Reading, self, epoch, order, wait=wait)
-        return EpochWindows(read, len(order), effective_batch_size, wait)
+        read = partial(_Reading, self, epoch, wait=wait)
+        samples = EpochSamples(order, effective_batch_size, self.lengths, is_grouped=self._groups is not None)
+        return EpochWindows(read, samples, wait)
 
     def in_order(self, microbatch_size: int, samples: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Yield the data set, or these samples of it, in the order given; augmentation is that of epoch 0."""
+        """Yield the data set, or these samples of it, in the order given; augmentation is that of epoch 0.
+
+        Grouped by length they come in that order, the longest first.
+        """
         order = range(self.num_samples) if samples is None else samples
-        starts = range(0, len(order), microbatch_size)
-        parts = [slice(start, start + microbatch_size) for start in starts]
-        return _Reading(self, 0, order, parts, wait=DataWait(self._device))
+        parts: Iterable[Sequence[int]]
+        if self._groups is not None:
+            parts = self._groups.cut(order, microbatch_size)
+        else:
+            starts = range(0, len(order), microbatch_size)
+            parts = (order[start : start + microbatch_size] for start in starts)
+        return _Reading(self, 0, parts, wait=DataWait(self._device))
+
+    def share(self, num_workers: int, rank: int) -> Sequence[int]:
+        """Return which samples one worker evaluates, of a whole data set; lengths are spread evenly."""
+        order: Sequence[int] = range(self.num_samples)
+        if self._groups is not None and num_workers > 1:
+            order = self._groups.by_length(order)
+        return order[rank::num_workers]
 
     def _take_loader(self) -> DataLoader[Any]:
         loader, self._idle = self._idle, None
@@ -129,38 +171,57 @@ class _KeysToRead:
         return iter(self.microbatches)
 
 
+class _Pass:
+    """What a pass is to read, part by part, and how far the loader is ahead of those who read.
+
+    It knows nothing of the pass: a pass that is given up is to end its loader at once, not when cycles are
+    collected.
+    """
+
+    def __init__(self, epoch: int, parts: Iterable[Sequence[int]]) -> None:
+        self._epoch = epoch
+        self._parts = iter(parts)
+        self._following = next(self._parts, None)
+        self.num_ahead = 0
+        """Micro-batches that the loader has asked for and not given yet."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has been read."""
+        return self._following is None and not self.num_ahead
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        while self._following is not None:
+            part, self._following = self._following, next(self._parts, None)
+            self.num_ahead += 1
+            yield [(self._epoch, index) for index in part]
+
+
 class _Reading(Iterator[Batch]):
-    """The micro-batches of one pass, on the device; each is a part of `order`.
+    """The micro-batches of one pass, on the device; `parts` are the samples of each.
 
     A pass takes the loader, and gives it back when it has read everything. With a pass that is given up
     its loader processes end, and what they have read ahead is gone with them.
     """
 
     def __init__(
-        self,
-        owner: EpochLoader,
-        epoch: int,
-        order: Sequence[int],
-        parts: Sequence[slice],
-        *,
-        wait: DataWait,
+        self, owner: EpochLoader, epoch: int, parts: Iterable[Sequence[int]], *, wait: DataWait
     ) -> None:
         self._owner = owner
-        self._keys = ([(epoch, index) for index in order[part]] for part in parts)
-        self._num_left = len(parts)
+        self._pass = _Pass(epoch, parts)
         self._wait = wait
         self._loader: DataLoader[Any] | None = None
         self._batches: Iterator[Batch] = iter(())
 
     def __next__(self) -> Batch:
-        if not self._num_left:
+        if self._pass.is_over:
             raise StopIteration
         with self._wait:
             if self._loader is None:
                 self._start()
             batch = next(self._batches)
-        self._num_left -= 1
-        if not self._num_left:
+        self._pass.num_ahead -= 1
+        if self._pass.is_over:
             self._owner._idle, self._loader = self._loader, None
             self._batches = iter(())
         return move_batch(batch, self._owner._device)
@@ -168,7 +229,7 @@ class _Reading(Iterator[Batch]):
     def _start(self) -> None:
         self._loader = self._owner._take_loader()
         assert isinstance(self._loader.batch_sampler, _KeysToRead)
-        self._loader.batch_sampler.microbatches = self._keys
+        self._loader.batch_sampler.microbatches = self._pass
         self._batches = iter(self._loader)
 
 
@@ -177,24 +238,25 @@ class EpochWindows:
 
     Loader processes read ahead in the sizes of that plan. Where another plan follows, or a window is read
     again, they are started anew from that window on, so that no micro-batch comes in a size of before.
+
+    Attributes:
+        samples: which samples the windows and their micro-batches hold.
     """
 
     def __init__(
         self,
-        read: Callable[[Sequence[slice]], Iterator[Batch]],
-        num_samples: int,
-        effective_batch_size: int,
+        read: Callable[[Iterable[Sequence[int]]], Iterator[Batch]],
+        samples: EpochSamples,
         wait: DataWait,
     ) -> None:
         self._read = read
-        self._num_samples = num_samples
-        self._effective_batch_size = effective_batch_size
+        self.samples = samples
         self._wait = wait
         self._ahead: Iterator[Batch] = iter(())
         self._next: tuple[BatchPlan, int] | None = None
 
     def __len__(self) -> int:
-        return -(-self._num_samples // self._effective_batch_size)
+        return len(self.samples)
 
     @property
     def wait_seconds(self) -> float:
@@ -203,7 +265,7 @@ class EpochWindows:
 
     def num_samples(self, index: int) -> int:
         """Return the samples of a window over all workers: fewer than the others have only in the last."""
-        return min(self._effective_batch_size, self._num_samples - index * self._effective_batch_size)
+        return self.samples.num_samples(index)
 
     def read(self, index: int, plan: BatchPlan) -> Iterator[Batch]:
         """Yield this worker's micro-batches of a window, on the device; `plan` is that of a whole window.
@@ -213,21 +275,9 @@ class EpochWindows:
         """
         if self._next != (plan, index):
             self._ahead = iter(())  # ends the loader processes of before
-            self._ahead = self._read(self._parts(index, plan))
+            self._ahead = self._read(self.samples.microbatches_from(index, plan))
         self._next = (plan, index + 1)
-        sizes = plan.for_window(self.num_samples(index)).microbatch_sizes
-        return islice(self._ahead, sum(1 for size in sizes if size))
-
-    def _parts(self, first: int, plan: BatchPlan) -> list[slice]:
-        """Return which parts of the order are this worker's micro-batches from window `first` on."""
-        parts = []
-        for index in range(first, len(self)):
-            window = plan.for_window(self.num_samples(index))
-            position = index * self._effective_batch_size + window.window_offset()
-            for size in filter(None, window.microbatch_sizes):
-                parts.append(slice(position, position + size))
-                position += size
-        return parts
+        return islice(self._ahead, len(self.samples.microbatches(index, plan)))
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -251,16 +301,21 @@ def prepare_loader_process(worker_id: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
 
 
+def _seed_on_cpu(seed: int) -> None:
+    """Seed what data sets draw from."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 @contextmanager
-def _seeded_on_cpu(seed: int) -> Iterator[None]:
-    """Seed what data sets draw from, and put it back: dropout draws from the same generator."""
+def _kept_state_of_cpu() -> Iterator[None]:
+    """Put back what data sets draw from: dropout draws from the same generator."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
     try:
         yield
     finally:

@@ -58,9 +58,13 @@ class Task:
     weight: Callable[[Batch], int] | None = None
     """How many things the mean loss of a batch averages over; default: its samples."""
 
+    lengths: Callable[[Dataset[Any]], Sequence[int]] | None = None
+    """The length of every sample of a data set in tokens, without reading the samples: micro-batches are then
+    made of samples of like length. For tasks whose `collate` pads samples to the longest of a batch."""
+
     worst_case: Callable[[int], Batch] | None = None
-    """The batch of `m` samples that needs the most memory; default: the largest of the first eight
-    training samples, repeated."""
+    """The batch of `m` samples that needs the most memory; default: the longest training sample by
+    `lengths`, else the largest of the first eight, repeated."""
 
     generate: Callable[[nn.Module, Batch], Any] | None = None
     """Generation, where the task does it; the probe runs it too."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import default_collate
 
 from tune_easytrain.batch import iterate_tensors, move_batch
+from tune_easytrain.length_batches import measure_lengths
 from tune_easytrain.task import Batch, Task
 
 _NUM_SAMPLES_LOOKED_AT = 8
@@ -18,7 +19,8 @@ _NUM_SAMPLES_LOOKED_AT = 8
 def worst_case_batch(task: Task, num_samples: int, device: torch.device | None = None) -> Batch:
     """Return the batch of `num_samples` that needs the most memory, on `device` (default: the CPU).
 
-    The task's own where it has one; otherwise the largest of the first eight training samples, repeated.
+    The task's own where it has one; otherwise one training sample, repeated: the longest where the task knows
+    `lengths`, else the largest of the first eight.
     """
     device = torch.device("cpu") if device is None else device
     if task.worst_case is None:
@@ -39,7 +41,7 @@ def with_known_worst_case(task: Task) -> Task:
     if task.worst_case is not None:
         return task
     samples: Any = [_largest_sample(task)]
-    return replace(task, train_data=lambda: samples)
+    return replace(task, train_data=lambda: samples, lengths=None)
 
 
 def _repeated_sample(task: Task, num_samples: int) -> Batch:
@@ -49,6 +51,9 @@ def _repeated_sample(task: Task, num_samples: int) -> Batch:
 
 def _largest_sample(task: Task) -> Any:
     data: Any = task.train_data()
+    lengths = measure_lengths(task, data)
+    if lengths is not None:
+        return data[max(range(len(data)), key=lengths.tokens.__getitem__)]
     looked_at = (data[index] for index in range(min(len(data), _NUM_SAMPLES_LOOKED_AT)))
     return max(looked_at, key=_num_elements)
 

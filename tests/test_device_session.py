@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sequences
 import torch
 from torch.utils.data import TensorDataset
 from toys import build_task, make_config, make_opening
@@ -122,3 +123,14 @@ def test_data_sets_are_opened_once_with_the_trials_random_state(
     opened.train(2, reports.append)
     first = float(torch.rand((), generator=torch.Generator().manual_seed(7)))
     assert reports[0].metrics == {"train": first, "val": first}
+
+
+def test_the_longest_sample_is_told_where_tokens_limit_a_microbatch(
+    session: Callable[..., DeviceSession],
+) -> None:
+    config = make_config(data={"lengths": [3, 11, 5, 0]})
+    assert session(sequences.build_task, config=config).opened().longest_tokens is None
+    assert session(sequences.build_task, config=config, max_tokens=50).opened().longest_tokens == 11
+    config["data"]["hides_lengths"] = True
+    with pytest.raises(TaskError, match=r"batch\.max_tokens .* the task has no `lengths`"):
+        session(sequences.build_task, config=config, max_tokens=50).opened()

@@ -441,6 +441,7 @@ def literals(annotation: object) -> list[str]:
         ("### `grid_search`\n", GridSearchConfig),
         ("### `batch`\n", sections.BatchConfig),
         ("### `train`\n", sections.TrainConfig),
+        ("### `memory`\n", sections.MemoryConfig),
         ("### `trial`\n", sections.TrialConfig),
         ("### `trial.resources`\n", sections.ResourcesConfig),
         ("### `run`\n", sections.RunConfig),
@@ -521,6 +522,34 @@ def test_the_table_of_finders_is_what_was_measured() -> None:
         found = [ours["microbatch_size"], truth["microbatch_size"], f"{ours['gpu_seconds']:.1f}"]
         told = [f"{row['microbatch_size']} in {row['gpu_seconds']:.0f} s" if row else "–" for row in finders]
         assert cells == [*map(str, found), *told], (model, precision)
+
+
+def rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def test_the_tables_of_strategies_are_what_was_measured() -> None:
+    lines = (ROOT / "benchmarks/strategies_h100.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    speed, memory = (
+        {
+            (row["model"], row["precision"], row["channels_last"], row["checkpointing"]): row
+            for row in rows
+            if row["part"] == part
+        }
+        for part in ("speed", "checkpointing")
+    )
+    formats = (("fp32", False), ("bf16", False), ("bf16", True))
+    for model, *cells in table_below("docs/memory.md", "the most samples that fit at once:"):
+        found = [speed[model, *form, "none"] for form in formats]
+        assert cells == [f"{rate(row['samples_per_second'])} ({row['largest']})" for row in found], model
+    for model, *cells in table_below("docs/memory.md", "Checkpointing in fp32"):
+        found = [memory[model, "fp32", False, share] for share in ("none", 0.5, "blocks")]
+        assert cells == [
+            f"{row['peak_bytes'] / 2**30:.2f} GiB, {rate(row['samples_per_second'])}" for row in found
+        ], model
+    ratios = [row["estimated_peak_bytes"] / row["peak_bytes"] for row in rows]
+    assert (round(min(ratios), 2), round(max(ratios), 2)) == (0.99, 1.04)
 
 
 def test_the_keys_of_a_planned_trial_are_the_codes() -> None:

@@ -257,6 +257,52 @@ def test_an_optimizer_that_needs_a_closure_has_no_estimate() -> None:
         estimate_task(small_perceptron(optimizer=optimizer("LBFGS")))
 
 
+def test_of_a_sharded_optimizer_the_rank_with_the_most_state_is_estimated() -> None:
+    """Of two workers one has the first layer's state; both take a buffer of all gradients to reduce them."""
+    options = {"optimizer": optimizer("Adam")}
+    estimate = estimate_task(small_perceptron(**options), sharding="optimizer", num_workers=2)
+    found = numbers(estimate, 1)["optimizer"]
+    assert found == pytest.approx(2 * NUM_PARAMETERS + 2 * FIRST + NUM_PARAMETERS, abs=A_FEW_BLOCKS)
+    whole = numbers(estimate_task(small_perceptron(**options), num_workers=2), 1)["optimizer"]
+    assert whole == pytest.approx(4 * NUM_PARAMETERS + NUM_PARAMETERS, abs=A_FEW_BLOCKS)
+    alone = estimate_task(small_perceptron(**options), sharding="optimizer", num_workers=1)
+    assert alone == estimate_task(small_perceptron(**options))
+
+
+def test_a_sharded_model_keeps_a_part_and_puts_it_together_to_compute() -> None:
+    """Of two workers each keeps half; a pass puts the parameters together beside what was gathered."""
+    estimate = estimate_task(small_perceptron(optimizer=adam), sharding="full", num_workers=2)
+    found = numbers(estimate, 1)
+    half, activations = NUM_PARAMETERS / 2, 256 + 1024 + 1024
+    assert found["optimizer"] == pytest.approx(5 * half, abs=A_FEW_BLOCKS)
+    assert found["forward"] == pytest.approx(4 * half + 2 * NUM_PARAMETERS + activations, abs=A_FEW_BLOCKS)
+    # Whole gradients, the buffer they are copied to, and what comes back.
+    assert found["backward"] >= 4 * half + 2 * NUM_PARAMETERS
+    assert found["backward"] <= 4 * half + 3 * NUM_PARAMETERS + half
+    alone = estimate_task(small_perceptron(optimizer=adam), sharding="full", num_workers=1)
+    assert alone == estimate_task(small_perceptron(optimizer=adam))
+
+
+def test_blocks_of_a_sharded_model_are_put_together_one_after_the_other() -> None:
+    """More blocks take more of what is kept, and no more of what is put together."""
+
+    def beyond_resident(num_blocks: int) -> dict[str, float]:
+        def model() -> nn.Module:
+            return nn.Sequential(*(toys.DeepBlock(512) for _ in range(num_blocks)))
+
+        parameters = sum(parameter.numel() for parameter in model().parameters())
+        task = make_task(model, zeros(512), optimizer=adam)
+        found = numbers(estimate_task(task, sharding="full", num_workers=4), 1)
+        return {phase: found[phase] - parameters for phase in ("forward", "backward")}  # 4 times a quarter
+
+    block = sum(parameter.numel() for parameter in toys.DeepBlock(512).parameters())
+    few, many = beyond_resident(4), beyond_resident(8)
+    for phase in few:
+        assert many[phase] - few[phase] < 0.05 * block
+    assert 2 * block < few["forward"] < 3.2 * block
+    assert 2 * block < few["backward"] < 5.2 * block
+
+
 def test_clipping_gradients_keeps_norms_only() -> None:
     plain, clipped = (numbers(estimate_task(small_perceptron(), clip_norm=n), 1) for n in (None, 1.0))
     assert clipped["forward"] == plain["forward"]

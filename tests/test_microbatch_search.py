@@ -195,3 +195,23 @@ def test_whatever_came_before_a_trial_ends_near_the_largest_size_that_it_ran_its
             assert found >= 0.9 * limit
         elif device.events[-1].bounded_by == "memory":
             assert 2 * found >= min(fits, limit)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "settings", "limit"),
+    [
+        (None, {}, 20),
+        (100, {}, 10),
+        (109, {"probe": "off"}, 10),
+        (100, {"microbatch_limit": 7}, 7),
+        (1000, {"num_workers": 4}, 5),
+        (9, {}, 1),
+        (100, {"effective_batch_size": None}, None),
+    ],
+)
+def test_a_limit_in_tokens_is_one_in_longest_samples(
+    max_tokens: int | None, settings: dict[str, Any], limit: int | None
+) -> None:
+    opened = replace(OPENED, num_train_samples=1000, longest_tokens=10)
+    given = make_settings(**{"effective_batch_size": 20, "max_tokens": max_tokens, **settings})
+    assert microbatch_limit(given, opened) == limit

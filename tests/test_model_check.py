@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sequences
 import torch
 from torch import nn
 from toys import build_task
@@ -116,3 +117,31 @@ def test_what_is_no_model_is_refused() -> None:
 def test_what_is_no_task_is_refused() -> None:
     (fault,) = faults(load_config({"batch": {"effective_batch_size": 8}}), lambda config: nn.Linear(1, 1))
     assert "returned a Linear, not a tune_easytrain.Task" in fault.problem
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "place"),
+    [
+        ("max_tokens: 4096", "model.type: small", (2, "batch.max_tokens")),
+        ("probe: auto", "batch.max_tokens: [null, 4096]", (5, "grid_search.grid.batch.max_tokens")),
+    ],
+)
+def test_a_limit_in_tokens_for_a_task_without_lengths_is_told_at_its_line(
+    tmp_path: Path, batch: str, grid: str, place: tuple[int, str]
+) -> None:
+    text = f"""
+batch: {{effective_batch_size: 8, {batch}}}
+grid_search:
+  grid:
+    {grid}
+config: {{model: {{type: small}}, data: {{lengths: [3, 4], hides_lengths: true}}}}
+run: {{metric: train_loss}}
+"""
+    if "model.type" in grid:
+        text = text.replace("model: {type: small}, ", "")
+    (fault,) = faults(sweep(tmp_path, text), sequences.build_task)
+    assert (fault.line, fault.path) == place
+    assert fault.problem.startswith("4096 tokens limit nothing")
+    assert fault.remedy == "give the task `lengths`, or remove the key"
+    known = sweep(tmp_path, text.replace(", hides_lengths: true", ""))
+    assert check_models(known, pickle_function(sequences.build_task, "task")) == 1

@@ -236,6 +236,14 @@ def test_gradients_are_watched_and_not_copied() -> None:
         assert parameter.grad.data_ptr() == seen[name]
 
 
+def test_the_norm_of_millions_of_numbers_is_that_of_their_precision() -> None:
+    model = nn.Linear(2048, 2048, bias=False)
+    model.weight.grad = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    meter = SpreadMeter(model)
+    meter.measure_mean()
+    assert meter.mean_square == pytest.approx(float(model.weight.grad.double().square().sum()), rel=2e-6)
+
+
 def test_norms_of_half_precision_are_taken_in_single() -> None:
     samples = torch.full((2, WIDTH), 300.0, dtype=torch.float16)  # whose squares float16 does not hold
     spread, mean_square = measure(samples, [1, 1], Dot(torch.float16))

@@ -293,3 +293,22 @@ def test_the_tasks_own_worst_case_is_used_and_the_data_left_alone() -> None:
     recording = Recording(worst_case=lambda num_samples: torch.ones(num_samples, 4), train_data=no_data)
     assert attempt(recording.task, 5).outcome is Outcome.FITS
     assert {call[2] for call in recording.calls if call[0] == "loss"} == {2, 5}
+
+
+def test_a_rank_of_several_keeps_the_state_of_what_it_owns() -> None:
+    seen: list[int] = []
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        built = torch.optim.Adam(model.parameters())
+        built.register_step_post_hook(
+            lambda *_: seen.append(sum(state["exp_avg"].numel() for state in built.state.values()))
+        )
+        return built
+
+    task = Recording(optimizer=optimizer).task  # a weight of four numbers and a bias
+    for rank in range(2):
+        found = attempt(task, sharding="optimizer", rank=rank, num_workers=2)
+        assert found.outcome is Outcome.FITS
+    assert seen == [4, 4, 1, 1]
+    attempt(task, rank=1, num_workers=2)
+    assert seen[4:] == [5, 5]

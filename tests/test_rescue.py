@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
 from tune_easytrain.batch import split_batch
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
 from tune_easytrain.memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.rescue import Rescue, StateSnapshot
@@ -102,6 +102,21 @@ def test_a_short_window_that_fails_lowers_the_limit_below_its_own_size() -> None
     rescue.run(fail_times(1), num_samples=6)
     assert rescue.plan.microbatch_limit == 3
     assert rescue.plan.effective_batch_size == 16
+
+
+def test_where_others_wait_inside_a_window_nothing_is_computed_again() -> None:
+    told: list[PlanChanged] = []
+    rescue = make_rescue(nn.Linear(3, 3), BatchPlan.build(12, 4), told)
+    rescue.is_alone = False
+    sizes: list[int] = []
+
+    def window(plan: BatchPlan) -> None:
+        sizes.append(plan.microbatch_size)
+        raise OOM
+
+    with pytest.raises(MicrobatchTooLargeError, match=r"micro-batch of 4: CUDA out of memory") as caught:
+        rescue.run(window)
+    assert (caught.value.microbatch_size, sizes, told, rescue.num_rescues) == (4, [4], [], 0)
 
 
 def test_when_one_sample_does_not_fit_that_is_the_end() -> None:

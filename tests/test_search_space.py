@@ -31,6 +31,7 @@ from tune_easytrain.search_space import (
     trial_config,
 )
 from tune_easytrain.sweep_plan import build_plan
+from tune_easytrain.trial_space import SECTION_NAMES
 
 MODELS = [
     "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_b", "swin3d_s", "swin3d_t",
@@ -65,6 +66,7 @@ def test_nine_models_are_paired_one_to_one() -> None:
         "optimizer": {"name": "adam"},
         "batch": nine().resolved()["batch"],
         "train": {**nine().resolved()["train"], "epochs": 1},
+        "memory": nine().resolved()["memory"],
     }
 
 
@@ -269,7 +271,7 @@ def test_chosen_trials_are_counted_in_all_and_known_by_what_they_share() -> None
     known = list(known_configs(config, 2))
     assert len(known) == 2
     assert known[0] == known[1]
-    assert {key: known[0][key] for key in known[0] if key not in ("batch", "train")} == {"fixed": 1.5}
+    assert {key: known[0][key] for key in known[0] if key not in SECTION_NAMES} == {"fixed": 1.5}
 
 
 def test_random_trials_are_known_but_for_what_is_drawn() -> None:

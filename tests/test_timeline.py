@@ -105,6 +105,13 @@ def test_a_kernels_scratch_is_noted_where_it_runs() -> None:
     assert record(code, scratch).changes == [MIB, MIB, Scratch(77), -MIB, -MIB]
 
 
+@pytest.mark.parametrize("num_key_heads", [1, 2, 8])
+def test_attention_counts_all_heads_though_some_share_their_keys(num_key_heads: int) -> None:
+    query, keys = (torch.empty(3, heads, 64, 16, device="meta") for heads in (8, num_key_heads))
+    timeline = record(lambda: torch.ops.aten._scaled_dot_product_flash_attention(query, keys, keys))
+    assert timeline.num_flops == 2 * (2 * 3 * 8 * 64 * 64 * 16)
+
+
 def test_a_number_that_only_the_device_will_know_is_not_read() -> None:
     with MemoryRecorder(lambda *_: None) as recorder:
         unknown = torch.empty(1, device=META)

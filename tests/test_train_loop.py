@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sequences
 import torch
 import torchmetrics
 from hypothesis import given, settings
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from toys import make_settings
 
-from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, train_loop
+from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, window_steps
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.errors import InexactBatchError, OutOfMemoryInTrainingError
-from tune_easytrain.loader import EpochLoader
+from tune_easytrain.loader import EpochLoader, epoch_order
 from tune_easytrain.memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.random_state import seed_everything
@@ -349,9 +350,7 @@ def test_a_loss_that_is_no_number_ends_training_with_the_place(tmp_path: Path, v
         calls.append(1)
         return cross_entropy(model, batch) * (value if len(calls) > 6 else 1)
 
-    with pytest.raises(
-        NonFiniteLossError, match=f"training loss is {value} in epoch 2, after 6 optimizer steps"
-    ):
+    with pytest.raises(NonFiniteLossError, match=f"training loss is {value} after 6 optimizer steps"):
         drive(make_task(loss=loss), tmp_path, effective_batch_size=10, epochs=5)
 
 
@@ -359,7 +358,7 @@ def test_a_validation_loss_that_is_no_number_ends_training_too(tmp_path: Path) -
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model, batch) * (1 if model.training else math.nan)
 
-    with pytest.raises(NonFiniteLossError, match="validation loss is nan in epoch 1"):
+    with pytest.raises(NonFiniteLossError, match="validation loss is nan after 5 optimizer steps"):
         drive(make_task(loss=loss, val_data=lambda: make_data(5)), tmp_path)
 
 
@@ -583,7 +582,10 @@ def test_training_is_the_same_wherever_memory_ran_out(
     assert driven.last["num_rescues"] == len(driven.changes) <= len(moments) - len(faults.left)
     state = torch.load(driven.checkpoints[-1], weights_only=True)
     expected_limit = driven.changes[-1].microbatch_limit if driven.changes else limit
-    assert (state["microbatch_limit"], state["num_rescues"]) == (expected_limit, len(driven.changes))
+    assert (state["microbatch_limit"], state["progress"]["num_rescues"]) == (
+        expected_limit,
+        len(driven.changes),
+    )
 
 
 @pytest.mark.parametrize("phase", ["data", "forward", "loss", "backward", "clip"])
@@ -728,7 +730,7 @@ class Clock:
 def timed_task(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Task, list[int]]]:
     """A task whose micro-batches of two take long and single samples no time, and the sizes it has seen."""
     clock = Clock()
-    monkeypatch.setattr(train_loop, "time", clock)
+    monkeypatch.setattr(window_steps, "time", clock)
 
     def build(num_samples: int = 500) -> tuple[Task, list[int]]:
         sizes: list[int] = []
@@ -821,3 +823,197 @@ def test_a_rescue_ends_the_timing(tmp_path: Path, timed_task: Callable[[], tuple
     (change,) = driven.changes
     assert (change.failed_microbatch_size, change.accumulation_steps) == (2, 4)
     assert sizes == [2] * 4 + [1] * (500 - 8)
+
+
+def fp16_task(factor: float, **changes: Any) -> Task:
+    """A float32 classifier; `factor` times its loss is what is minimized, at a rate that makes up for it."""
+    return make_task(
+        model=lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)),
+        train_data=lambda: make_data(40, torch.float32),
+        loss=lambda model, batch: factor * cross_entropy(model, batch),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1 / factor),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("limit", [3, 10])
+@pytest.mark.parametrize("factor", [1e-6, 1.0])
+def test_fp16_trains_to_the_weights_of_fp32_also_where_gradients_are_below_its_range(
+    tmp_path: Path, limit: int, factor: float
+) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "epochs": 3}
+    full = drive(fp16_task(factor), tmp_path / "fp32", **options)
+    options |= {"precision": "fp16", "clip_norm": 1e9}
+    half = drive(fp16_task(factor), tmp_path / "fp16", limit=limit, **options)
+    assert half.last["num_skipped_steps"] == 0
+    for name, weight in full.weights.items():
+        torch.testing.assert_close(half.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_that_fp16_skips_is_no_optimizer_step(tmp_path: Path) -> None:
+    def task() -> Task:
+        return fp16_task(
+            1e4, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        )
+
+    options: dict[str, Any] = {"effective_batch_size": 10, "precision": "fp16", "num_steps": 5}
+    driven = drive(task(), tmp_path / "whole", epochs=None, **options)
+    skipped = driven.last["num_skipped_steps"]
+    assert skipped >= 1
+    assert driven.last["optimizer_steps"] == 5
+    assert driven.last["num_samples"] == 10 * (5 + skipped)
+    assert driven.last["learning_rate"] == pytest.approx(1e-5 * 0.5**5)
+    resumed = drive(task(), tmp_path / "resumed", checkpoint=driven.checkpoints[0], epochs=None, **options)
+    assert resumed.last["num_skipped_steps"] == skipped
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in driven.weights.items())
+
+
+def test_the_gradient_is_clipped_after_the_loss_scale_is_taken_out(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 40, "epochs": 1, "clip_norm": 0.01}
+    full = drive(fp16_task(1.0), tmp_path / "fp32", **options)
+    half = drive(fp16_task(1.0), tmp_path / "fp16", precision="fp16", **options)
+    for name, weight in full.weights.items():
+        torch.testing.assert_close(half.weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+LENGTHS = [1 + 23 * index % 29 for index in range(40)]
+"""1 to 29 tokens, without an order; 16 samples to a window are two and a half."""
+
+
+def drive_sequences(
+    folder: Path, *, limit: int = 4, changes: dict[str, Any] | None = None, **settings: Any
+) -> Driven:
+    task = sequences.make_task(
+        LENGTHS,
+        val_data=lambda: sequences.Sequences([40, *LENGTHS[:9]]),
+        **(changes or {}),
+    )
+    return drive(task, folder, limit=limit, **{"effective_batch_size": 16, "epochs": 2, **settings})
+
+
+@pytest.mark.parametrize("limit", [1, 4, 16])
+def test_grouping_by_length_gives_the_weights_of_the_whole_batch(tmp_path: Path, limit: int) -> None:
+    whole = drive_sequences(tmp_path / "whole", limit=16, group_by_length=False)
+    grouped = drive_sequences(tmp_path / "grouped", limit=limit)
+    for name, weight in grouped.weights.items():
+        torch.testing.assert_close(weight, whole.weights[name], rtol=1e-9, atol=1e-12)
+    for name in ("train_loss", "val_loss", "optimizer_steps", "num_samples"):
+        assert grouped.last[name] == pytest.approx(whole.last[name], rel=1e-9), name
+
+
+def test_tokens_are_counted_where_lengths_are_known(tmp_path: Path) -> None:
+    plain = drive_sequences(tmp_path / "plain", group_by_length=False)
+    grouped = drive_sequences(tmp_path / "grouped")
+    unknown = drive_sequences(tmp_path / "unknown", changes={"lengths": None})
+    assert not {"tokens_per_second", "padding_share"} & unknown.last.keys()
+    for driven in (plain, grouped):
+        last = driven.last
+        mean_tokens = sum(LENGTHS) / len(LENGTHS)
+        assert last["tokens_per_second"] / last["samples_per_second"] == pytest.approx(mean_tokens)
+    padded, position = 0, 0
+    order = epoch_order(40, make_settings().seed, 1)
+    for size in (4, 4, 4, 4, 4, 4, 4, 4, 4, 4):
+        padded += size * max(LENGTHS[index] for index in order[position : position + size])
+        position += size
+    assert plain.last["padding_share"] == pytest.approx(1 - sum(LENGTHS) / padded)
+    assert 0 <= grouped.last["padding_share"] < 0.1 < plain.last["padding_share"]
+
+
+class Shapes:
+    """A loss that notes the shape of every training batch, and fails at some calls."""
+
+    def __init__(self, *fails_at: int) -> None:
+        self.seen: list[tuple[int, ...]] = []
+        self._fails_at = fails_at
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        if model.training:
+            self.seen.append(tuple(batch.shape))
+            if len(self.seen) in self._fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return sequences.token_loss(model, batch)
+
+    @property
+    def most_tokens(self) -> int:
+        return max(num_samples * length for num_samples, length in self.seen)
+
+
+def test_a_rescue_halves_the_tokens_of_a_microbatch(tmp_path: Path) -> None:
+    whole = drive_sequences(tmp_path / "whole", group_by_length=False)
+    shapes = Shapes(1)
+    rescued = drive_sequences(tmp_path / "rescued", changes={"loss": shapes})
+    assert rescued.last["num_rescues"] == 1
+    first, *others = shapes.seen
+    assert 58 < first[0] * first[1] <= 4 * 29
+    assert all(n * length <= 2 * 29 for n, length in others)
+    for name, weight in rescued.weights.items():
+        torch.testing.assert_close(weight, whole.weights[name], rtol=1e-9, atol=1e-12)
+
+
+def test_no_microbatch_has_more_than_max_tokens(tmp_path: Path) -> None:
+    shapes = Shapes()
+    drive_sequences(tmp_path, limit=1, changes={"loss": shapes}, max_tokens=20)
+    assert all(n == 1 or n * length <= 20 for n, length in shapes.seen)
+    assert max(n for n, _ in shapes.seen) > 1  # the short ones are together, though the longest is alone
+    assert max(length for _, length in shapes.seen) == 29
+
+
+def test_validation_has_as_many_tokens_at_once_as_training(tmp_path: Path) -> None:
+    """Its longest sample is longer than any that is trained on."""
+    seen: list[tuple[int, ...]] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if not model.training:
+            seen.append(tuple(batch.shape))
+        return sequences.token_loss(model, batch)
+
+    drive_sequences(tmp_path, limit=2, changes={"loss": loss}, epochs=1)
+    assert seen[0] == (1, 40)
+    assert sum(n for n, _ in seen) == 10
+    assert all(n == 1 or n * length <= 2 * 29 for n, length in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [({}, {"noise_scale": True}), ({"couples_samples": True}, {}), ({}, {"group_by_length": False})],
+)
+def test_microbatches_stay_random_where_that_matters(
+    tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    shapes = Shapes()
+    drive_sequences(tmp_path, changes={"loss": shapes, **changes}, epochs=1, **settings)
+    assert [num_samples for num_samples, _ in shapes.seen] == [4] * 10
+
+
+def test_a_grouped_run_that_is_resumed_goes_on_bit_equal(tmp_path: Path) -> None:
+    whole = drive_sequences(tmp_path / "whole", epochs=3)
+    resumed = drive_sequences(tmp_path / "resumed", epochs=3, checkpoint=whole.checkpoints[0])
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+
+
+def test_windows_of_unlike_tokens_are_timed_by_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[float] = []
+    monkeypatch.setattr(window_steps.PlanTiming, "add", lambda self, seconds: times.append(seconds))
+    clock = Clock()
+    monkeypatch.setattr(window_steps.time, "perf_counter", lambda: clock.now)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if model.training:
+            clock.now += 3.0 * int((batch != sequences.PADDING).sum())
+        return sequences.token_loss(model, batch)
+
+    longer = [length + 1 for length in LENGTHS]  # of one token alone there is no loss to take
+    changes = {"loss": loss, "train_data": lambda: sequences.Sequences(longer)}
+    drive_sequences(tmp_path, limit=2, changes=changes, effective_batch_size=4, epochs=14)
+    assert times == [3.0] * 9 * 14  # an epoch's first window waits for the loader
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_a_single_worker_has_nothing_to_share(tmp_path: Path, sharding: str) -> None:
+    options: dict[str, Any] = {"effective_batch_size": 10, "epochs": 2}
+    plain = drive(make_task(), tmp_path / "plain", **options)
+    driven = drive(make_task(), tmp_path / "sharded", sharding=sharding, **options)
+    assert all(torch.equal(driven.weights[name], weight) for name, weight in plain.weights.items())

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Ones, build_hungry_task, build_task, build_uneven_task, make_config, make_settings
+from toys import (
+    Ones,
+    build_compiling_task,
+    build_deep_task,
+    build_hungry_task,
+    build_task,
+    build_uneven_task,
+    make_config,
+    make_settings,
+)
 
 from tune_easytrain import NotEnoughMemoryError, Task
 from tune_easytrain.child_process import slow_modules_in_use
@@ -320,3 +329,52 @@ def test_on_a_cpu_data_in_memory_is_not_charged_to_the_budget() -> None:
     (attempt,) = trial.event(Probed).attempts
     assert (attempt["microbatch_size"], attempt["outcome"]) == (2, Outcome.FITS)
     assert all(report.peak_memory_bytes < 150 * 2**20 for report in trial.events if type(report) is Reported)
+
+
+def deep_trial(num_samples: int, budget_bytes: int) -> Trial:
+    return start(
+        build_deep_task,
+        config={**make_config(), "num_samples": num_samples},
+        effective_batch_size=num_samples,
+        memory_budget_bytes=budget_bytes,
+        strategy="auto",
+        epochs=1,
+    )
+
+
+def test_the_strategy_gives_up_only_what_the_wished_micro_batch_needs() -> None:
+    loose = deep_trial(512, 2**30)
+    list(loose.reports)
+    assert loose.event(Planned).strategy == ""
+
+    tight = deep_trial(4096, 2**27)
+    (report,) = tight.reports
+    assert "of the blocks again in the backward pass" in tight.event(Planned).strategy
+    assert "4096 samples fit at once instead of" in tight.event(Planned).strategy
+    assert tight.event(Probed).microbatch_size == 4096
+    assert [a["outcome"] for a in tight.event(Probed).attempts] == [Outcome.FITS]
+    assert report.metrics["num_rescues"] == 0
+
+    asked = start(
+        build_deep_task,
+        config={**make_config(), "num_samples": 4096},
+        effective_batch_size=4096,
+        memory_budget_bytes=2**27,
+        epochs=1,
+    )
+    (plain,) = asked.reports
+    assert asked.event(Probed).microbatch_size < 4096
+    assert report.metrics["train_loss"] == pytest.approx(plain.metrics["train_loss"], rel=1e-6)
+
+
+def test_a_compiled_trial_trains_compiled() -> None:
+    options: dict[str, Any] = {
+        "effective_batch_size": 8,
+        "microbatch_limit": 4,
+        "memory_budget_bytes": 4 * 2**30,
+    }
+    for is_compiled in (False, True):
+        trial = start(build_compiling_task, config=make_config(), compile=is_compiled, **options)
+        assert [r.metrics["train_loss"] for r in trial.reports] == pytest.approx([1.0 + is_compiled] * 2)
+        (attempt,) = trial.event(Probed).attempts
+        assert (attempt["microbatch_size"], attempt["outcome"]) == (4, Outcome.FITS)

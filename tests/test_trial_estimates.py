@@ -15,10 +15,11 @@ from tune_easytrain.task_source import pickle_function
 from tune_easytrain.trial_estimates import estimate_key, estimate_trials
 
 TRAIN = {"precision": "fp32", "clip_norm": None, "seed": 0, "epochs": 1}
+MEMORY = {"strategy": "none", "checkpointing": "none", "sharding": "none", "channels_last": False}
 
 
 def make_config(model: str = "small", **changes: Any) -> dict[str, Any]:
-    return {"model": {"type": model}, "batch": {}, "train": TRAIN, **changes}
+    return {"model": {"type": model}, "batch": {}, "train": TRAIN, "memory": MEMORY, **changes}
 
 
 def build_faulty_task(config: dict[str, Any]) -> Task:
@@ -96,6 +97,8 @@ def test_learning_rates_batch_sizes_and_seeds_make_no_other_estimate(changes: di
         {"optimizer": {"name": "sgd"}},
         {"hp": {"width": 3}},
         {"train": {**TRAIN, "precision": "bf16"}},
+        {"memory": {**MEMORY, "checkpointing": 0.5}},
+        {"memory": {**MEMORY, "channels_last": True}},
         {"train": {**TRAIN, "clip_norm": 1.0}},
     ],
 )

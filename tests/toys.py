@@ -126,6 +126,53 @@ def build_hungry_task(config: dict[str, Any]) -> Task:
     )
 
 
+class DeepBlock(nn.Module):
+    """A block that keeps its input and three more of its size for the backward pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(part for _ in range(3) for part in (nn.Linear(width, width), nn.Tanh()))
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + self.layers(inputs)
+
+
+DEEP_WIDTH = 256
+
+
+def build_deep_task(config: dict[str, Any]) -> Task:
+    """A task whose memory is that of its eight blocks' activations, 40 KiB per sample."""
+    return Task(
+        model=lambda: nn.Sequential(*(DeepBlock(DEEP_WIDTH) for _ in range(8))),
+        loss=lambda model, batch: model(batch).square().mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),
+        train_data=lambda: [torch.ones(DEEP_WIDTH)] * config.get("num_samples", 4096),
+    )
+
+
+class TellsCompiling(nn.Module):
+    """Gives ones where it runs as it is written, and twos where torch.compile has made something of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.weight * inputs * (2 if torch.compiler.is_compiling() else 1)
+
+
+def build_compiling_task(config: dict[str, Any]) -> Task:
+    """A task that learns nothing, and whose loss tells whether its model is compiled."""
+    return Task(
+        model=TellsCompiling,
+        loss=lambda model, batch: model(batch).mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        train_data=lambda: Ones(config.get("num_samples", 16)),
+    )
+
+
 class Uneven(Ones):
     """Samples of one number: how many times the usual memory they need. From the twentieth on it is three."""
 
@@ -168,6 +215,8 @@ def make_settings(**changes: Any) -> TrialSettings:
         "start": None,
         "probe_timeout_seconds": 60.0,
         "exact": "warn",
+        "group_by_length": True,
+        "max_tokens": None,
         "epochs": 2,
         "num_samples": None,
         "num_steps": None,
@@ -180,6 +229,11 @@ def make_settings(**changes: Any) -> TrialSettings:
         "seed": 0,
         "precision": "fp32",
         "loader_workers": 0,
+        "compile": False,
+        "strategy": "none",
+        "checkpointing": "none",
+        "sharding": "none",
+        "channels_last": False,
         "metric": "train_loss",
         "mode": "min",
     }

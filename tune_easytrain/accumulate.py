@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_easytrain.batch import count_samples
+from tune_easytrain.errors import NothingToLearnError
 from tune_easytrain.task import Batch
 
 
@@ -24,6 +25,16 @@ class AccumulationRecord:
     num_samples: int
     weight: float
     microbatch_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientSum:
+    """What `sum_gradients` has added up: `loss` is the weighted sum, None where nothing had a weight."""
+
+    loss: Tensor | None
+    weight: float
+    microbatch_sizes: tuple[int, ...]
+    num_passes: int
 
 
 def accumulate_gradients(
@@ -51,7 +62,8 @@ def accumulate_gradients(
             of a window alike; the gradients are then multiplied too.
 
     Raises:
-        ValueError: the window holds nothing at all, or the loss is not a single number.
+        NothingToLearnError: the window holds nothing at all, or everything in it has weight 0.
+        ValueError: the loss is not a single number.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -61,33 +73,53 @@ def accumulate_gradients(
         >>> model.weight.grad
         tensor([[0.7500, 0.7500]])
     """
-    parameters = list(model.parameters())
-    for parameter in parameters:
+    total = sum_gradients(model, loss, microbatches, weight=weight, backward=backward)
+    sizes = total.microbatch_sizes
+    if total.loss is None:
+        what = "everything in it has weight 0" if sum(sizes) else "it holds nothing"
+        raise NothingToLearnError(f"a window of {sum(sizes)} samples has no gradient: {what}")
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, total.weight)
+    return AccumulationRecord(float(total.loss) / total.weight, sum(sizes), total.weight, sizes)
+
+
+def sum_gradients(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    microbatches: Iterable[Batch],
+    *,
+    weight: Callable[[Batch], int] | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> GradientSum:
+    """Leave in every `.grad` the sum of the micro-batches' gradients times their weights.
+
+    As `accumulate_gradients`, which divides by the weight of all; a window may hold nothing here.
+    """
+    for parameter in model.parameters():
         parameter.grad = None
     total_loss: Tensor | None = None
-    total_weight = 0.0
+    total_weight, num_passes = 0.0, 0
     sizes: list[int] = []
     for batch in microbatches:
         num_samples = count_samples(batch)
         share = float(num_samples if weight is None else weight(batch))
         sizes.append(num_samples)
         if share:
-            weighted = _single_number(loss(model, batch)) * share
+            weighted = single_number(loss(model, batch)) * share
             backward(weighted)
             # Sums stay on the device: reading each one would wait for the device after every micro-batch.
             total_loss = weighted.detach() if total_loss is None else total_loss + weighted.detach()
             total_weight += share
+            num_passes += 1
         del batch  # before the next is read: two at once are more than the probe has tried
-    if total_loss is None:
-        raise ValueError("a window without a single sample has no gradient")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_div_(gradients, total_weight)
-    return AccumulationRecord(float(total_loss) / total_weight, sum(sizes), total_weight, tuple(sizes))
+    return GradientSum(total_loss, total_weight, tuple(sizes), num_passes)
 
 
-def _single_number(loss: Tensor) -> Tensor:
+def single_number(loss: Tensor) -> Tensor:
+    """Return a loss as it is; raises ValueError unless it is a tensor of one number."""
     if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss
+        # Weights would take half precision out of its range, or out of its exact integers.
+        return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
     found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
     raise ValueError(f"the loss has {found}; it must be a tensor of one number, the mean over the batch")

@@ -275,7 +275,10 @@ def _memory_plan(config: SweepConfig, accelerator: Accelerator, max_experiments:
         raise BadInputError("task: memory is estimated of a task, and the sweep names none")
     try:
         memory_plan = build_memory_plan(
-            config, accelerator, lambda configs: estimate_with_bar(task, configs), max_experiments
+            config,
+            accelerator,
+            lambda configs: estimate_with_bar(task, configs, config.trial.num_workers),
+            max_experiments,
         )
     except BadInputError:
         _check_models(config, task, max_experiments)

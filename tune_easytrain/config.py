@@ -15,12 +15,21 @@ from tune_easytrain.config_issues import Issue, fail, fail_with, issues_of, kind
 from tune_easytrain.errors import ConfigError, Fault
 from tune_easytrain.grid import BATCH_SIZE_KEY, GridSearchConfig, batch_size_issues, user_value_issues
 from tune_easytrain.overrides import apply_overrides
-from tune_easytrain.sections import BatchConfig, FunctionName, RunConfig, Section, TrainConfig, TrialConfig
+from tune_easytrain.sections import (
+    BatchConfig,
+    FunctionName,
+    MemoryConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+    TrialConfig,
+)
 from tune_easytrain.yaml_source import YamlPath, YamlSource, read_data, read_file
 
 __all__ = [
     "BatchConfig",
     "GridSearchConfig",
+    "MemoryConfig",
     "RunConfig",
     "SweepConfig",
     "TrainConfig",
@@ -55,6 +64,9 @@ class SweepConfig(Section):
 
     train: TrainConfig = TrainConfig()
     """How a trial is trained."""
+
+    memory: MemoryConfig = MemoryConfig()
+    """What a trial gives up for memory."""
 
     trial: TrialConfig = TrialConfig()
     """Where one trial runs."""

@@ -27,6 +27,8 @@ def sweep_issues(data: Mapping[str, Any]) -> Iterator[Issue]:
     yield from _probe_issues(data, grid)
     yield from _budget_issues(data, grid)
     yield from _rate_issues(data, grid)
+    yield from _precision_issues(data, grid)
+    yield from _model_issues(data, grid)
     yield from run_issues(_mapping(data, "run"), grid, _max_epochs(data, grid))
 
 
@@ -142,6 +144,38 @@ def _rate_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[I
         problem = f"{bases[0]} has no effect, for train.lr_scaling is none"
         remedy = "write lr_scaling: linear or sqrt, or remove it"
         yield Issue(_place(grid, "train", "base_batch_size"), problem, remedy)
+
+
+def _precision_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if the noise of scaled gradients would be measured."""
+    if "fp16" in _values(data, grid, "train", "precision") and True in _values(
+        data, grid, "train", "noise_scale"
+    ):
+        problem = "the noise scale cannot be measured with train.precision: fp16, whose gradients are scaled"
+        yield Issue(_place(grid, "train", "noise_scale"), problem, "use bf16 or fp32, or remove it")
+
+
+def _model_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield a fault if what the built-in loop does to a model is asked of another, or cannot be combined."""
+    shardings = [value for value in _values(data, grid, "memory", "sharding") if value not in (None, "none")]
+    functions = [value for value in _values(data, grid, "train", "function") if value not in (None, "none")]
+    if shardings and functions:
+        problem = f"{shardings[0]} is done by the built-in loop, and train.function is {functions[0]!r}"
+        yield Issue(_place(grid, "memory", "sharding"), problem, "remove it, and shard in your function")
+    if functions and True in _values(data, grid, "train", "compile"):
+        problem = f"models are compiled by the built-in loop, and train.function is {functions[0]!r}"
+        yield Issue(_place(grid, "train", "compile"), problem, "remove it, and compile in your function")
+    if "full" not in shardings:
+        return
+    if True in _values(data, grid, "train", "compile"):
+        problem = "what torch.compile makes of a model cannot be split by memory.sharding: full"
+        yield Issue(_place(grid, "train", "compile"), problem, "remove it, or use sharding: optimizer")
+    if "fp16" in _values(data, grid, "train", "precision"):
+        problem = "the loss scale of train.precision: fp16 cannot be kept with memory.sharding: full"
+        yield Issue(_place(grid, "train", "precision"), problem, "use bf16 or fp32, or sharding: optimizer")
+    if True in _values(data, grid, "train", "noise_scale"):
+        problem = "the noise scale cannot be measured with memory.sharding: full, whose gradients are split"
+        yield Issue(_place(grid, "train", "noise_scale"), problem, "remove it, or use sharding: optimizer")
 
 
 def _place(grid: Mapping[str, Any], section: str, name: str) -> YamlPath:

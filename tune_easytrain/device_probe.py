@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from tune_easytrain.child_process import slow_modules_in_use
 from tune_easytrain.errors import require_one_of
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import ProbeResult, Search, SearchPlan, begins_with_estimate, find_largest
 from tune_easytrain.protocol import Opening
-from tune_easytrain.settings import TrialSettings
+from tune_easytrain.settings import Precision, TrialSettings
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import pickle_function
 from tune_easytrain.trial_children import TrialChildren
@@ -28,7 +28,7 @@ def find_microbatch(
     search: Search = "confirm",
     device: str | None = None,
     budget_bytes: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> ProbeResult:
     """Find the largest micro-batch of a task that fits on a device; every size returned was run.
 
@@ -55,7 +55,7 @@ def find_microbatch(
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     require_one_of("search", search, get_args(Search))
     require_one_of("device", device or "cpu", ("cuda", "cpu"))
-    require_one_of("precision", precision, ("fp32", "bf16"))
+    require_one_of("precision", precision, get_args(Precision))
     with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:
         children = TrialChildren(
             Opening(
@@ -95,7 +95,7 @@ def probe_settings(
     start: int | None,
     search: Search,
     budget_bytes: int | None,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
 ) -> TrialSettings:
     """Return a trial's settings that say nothing but how to probe; the arguments are `find_microbatch`'s."""
     return TrialSettings(
@@ -108,6 +108,8 @@ def probe_settings(
         start=start,
         probe_timeout_seconds=_ATTEMPT_TIMEOUT_SECONDS,
         exact="warn",
+        group_by_length=True,
+        max_tokens=None,
         epochs=1,
         num_samples=None,
         num_steps=None,
@@ -120,6 +122,11 @@ def probe_settings(
         seed=0,
         precision=precision,
         loader_workers=0,
+        compile=False,
+        strategy="none",
+        checkpointing="none",
+        sharding="none",
+        channels_last=False,
         metric="train_loss",
         mode="min",
     )

@@ -15,8 +15,10 @@ import torch
 from tune_easytrain import train_loop
 from tune_easytrain.batch_coupling import find_coupling
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.compiled_model import load_compiler
 from tune_easytrain.errors import EstimateError, OutOfMemoryInTrainingError, TaskError
 from tune_easytrain.estimate import estimate_task
+from tune_easytrain.length_batches import measure_lengths, require_lengths
 from tune_easytrain.memory import ErrorKind, classify_error, device_memory, first_line
 from tune_easytrain.memory_budget import BudgetRequest, headroom_bytes, probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
@@ -39,6 +41,7 @@ from tune_easytrain.protocol import (
 from tune_easytrain.random_state import kept_random_state, seed_everything
 from tune_easytrain.rank_group import RankGroup
 from tune_easytrain.signature import task_signature
+from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
 from tune_easytrain.worst_case import with_known_worst_case
@@ -64,6 +67,8 @@ class DeviceSession:
             self._probed_task, self._task = self._open_data(self._task)
         # What building the model imports is not to count against a cap on the CPU: signing builds it before.
         self._signature = self._sign()
+        if self._settings.compile:
+            load_compiler(self._device)
         is_first = opening.budget_bytes is None
         self._coupling = find_coupling(self._task) if self._task is not None and is_first else None
         self._is_near_edge = False
@@ -86,25 +91,41 @@ class DeviceSession:
             resumed_microbatch_limit=self._resumed_limit(),
             signature=self._signature,
             coupling=self._coupling,
+            longest_tokens=self._longest_tokens(),
         )
 
-    def attempt(self, microbatch_size: int) -> AttemptReply:
-        """Try one micro-batch size; bugs in the task are raised as they are."""
-        assert self._probed_task is not None, "an attempt needs a task"
+    def attempt(self, microbatch_size: int, ranks: RankGroup | None = None) -> AttemptReply:
+        """Try one micro-batch size; bugs in the task are raised as they are.
+
+        `ranks` are the workers that try together with this one (None: it tries by itself).
+        """
         self.memory.cap(probed_bytes(self.budget_bytes))
         used_before = self.memory.used_bytes()
-        attempt: Attempt = run_attempt(
+        attempt = self._attempt(microbatch_size, ranks)
+        if self._settings.compile and attempt.ran:  # sizes that do not fit anyway are not worth compiling for
+            attempt = self._attempt(microbatch_size, ranks, is_compiled=True)
+        self._is_near_edge = attempt.outcome is Outcome.ALLOCATOR_RETRIED
+        most_bytes = _CLEAN_TOLERANCE * headroom_bytes(self.budget_bytes)
+        kept_bytes = self.memory.used_bytes() - used_before
+        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= most_bytes)
+
+    def _attempt(
+        self, microbatch_size: int, ranks: RankGroup | None, *, is_compiled: bool = False
+    ) -> Attempt:
+        assert self._probed_task is not None, "an attempt needs a task"
+        return run_attempt(
             self._probed_task,
             microbatch_size,
             device=self._device,
             memory=self.memory,
             precision=self._settings.precision,
             clip_norm=self._settings.clip_norm,
+            sharding=self._settings.sharding,
+            rank=self._opening.rank,
+            num_workers=self._settings.num_workers,
+            is_compiled=is_compiled,
+            ranks=ranks,
         )
-        self._is_near_edge = attempt.outcome is Outcome.ALLOCATOR_RETRIED
-        most_bytes = _CLEAN_TOLERANCE * headroom_bytes(self.budget_bytes)
-        kept_bytes = self.memory.used_bytes() - used_before
-        return AttemptReply(attempt, is_clean=attempt.ran and kept_bytes <= most_bytes)
 
     def train(
         self,
@@ -192,6 +213,14 @@ class DeviceSession:
         data: Any = self._task.train_data()  # open already
         return len(data)
 
+    def _longest_tokens(self) -> int | None:
+        """Return the length of the longest training sample, where micro-batches are limited by tokens."""
+        if self._settings.max_tokens is None or self._task is None:
+            return None
+        require_lengths(self._task)
+        lengths = measure_lengths(self._task, self._task.train_data())
+        return None if lengths is None else lengths.longest
+
     def _sign(self) -> str:
         is_first = self._opening.budget_bytes is None
         is_needed = (self._opening.is_shared and is_first) or self._device.type == "cpu"
@@ -226,12 +255,15 @@ def serve(connection: Connection, opening: Opening | EstimateRequest) -> None:
 
     while True:
         request = connection.recv()
+        ranks = None
+        if request.place is not None:
+            ranks = session.join(request.place, lambda port: connection.send(StoreOpened(port)))
         if isinstance(request, AttemptRequest):
-            connection.send(session.attempt(request.microbatch_size))
+            reply = session.attempt(request.microbatch_size, ranks)
+            connection.send(reply)
+            if ranks is not None and reply.attempt.ran:  # else others may still wait for this one
+                ranks.leave()
         elif isinstance(request, TrainRequest):
-            ranks = None
-            if request.place is not None:
-                ranks = session.join(request.place, lambda port: connection.send(StoreOpened(port)))
             session.train(request.microbatch_limit, send, ranks)
             if ranks is not None:
                 ranks.leave()
@@ -252,6 +284,8 @@ def estimate(opening: Opening) -> MemoryEstimate | EstimateError:
             precision=settings.precision,
             device="cpu" if _device_type(opening.device) == "cpu" else "cuda",
             clip_norm=settings.clip_norm,
+            sharding=settings.sharding,
+            num_workers=settings.num_workers,
         )
     except EstimateError as error:
         return error
@@ -312,4 +346,5 @@ def _build_task(opening: Opening) -> Task | None:
     task = cloudpickle.loads(opening.task_payload)(opening.config)
     if not isinstance(task, Task):
         raise TaskError(f"the task function returned a {type(task).__name__}, not a tune_easytrain.Task")
-    return task
+    settings = opening.settings
+    return with_strategies(task, checkpointing=settings.checkpointing, channels_last=settings.channels_last)

@@ -89,6 +89,10 @@ class TaskError(BadInputError):
     """The task of a sweep cannot be loaded, or returned something that is not a `Task`."""
 
 
+class NothingToLearnError(TuneEasyTrainError, ValueError):
+    """A window in which no sample counts has no gradient."""
+
+
 class DataError(BadInputError):
     """The data a task needs is not there or not usable."""
 
@@ -122,6 +126,23 @@ class NotEnoughMemoryError(TuneEasyTrainError):
 
 class OutOfMemoryInTrainingError(TuneEasyTrainError):
     """Memory ran out while training at a size that the probe had confirmed, or with the probe off."""
+
+
+class MicrobatchTooLargeError(OutOfMemoryInTrainingError):
+    """Memory ran out in a pass that workers of a trial can only make together, and not again smaller.
+
+    `microbatch_size` is the size it ran out at, in samples, and `reason` the first line of the error.
+    """
+
+    def __init__(self, microbatch_size: int, reason: str) -> None:
+        super().__init__(microbatch_size, reason)
+        self.microbatch_size, self.reason = microbatch_size, reason
+
+    def __str__(self) -> str:
+        return (
+            f"memory ran out with a micro-batch of {self.microbatch_size}: {self.reason}. Give the trial "
+            "more memory (batch.memory_budget, batch.memory_fraction), or use a smaller input"
+        )
 
 
 class InexactBatchError(TuneEasyTrainError):

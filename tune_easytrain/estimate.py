@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,33 +20,41 @@ import torch
 from torch import Tensor, nn
 
 from tune_easytrain.autocast_rules import Autocast
+from tune_easytrain.checkpointing import CHECKPOINTING_KEY
 from tune_easytrain.cuda_kernels import cuda_kernels
 from tune_easytrain.cuda_optimizers import choose_foreach, cuda_optimizers
-from tune_easytrain.errors import BadInputError, EstimateError, require_one_of
+from tune_easytrain.errors import BadInputError, EstimateError, UnknownNameError, require_one_of
 from tune_easytrain.kernel_scratch import FIXED_BYTES, cuda_scratch
 from tune_easytrain.known_values import ConstantsFromHost
 from tune_easytrain.memory_estimate import MemoryEstimate, PhaseEstimate, Segment
+from tune_easytrain.optimizer_shards import heaviest_rank, shard_optimizer
+from tune_easytrain.precision import AUTOCAST_DTYPES
 from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.rank_group import take_buffers
 from tune_easytrain.rescue import StateSnapshot
+from tune_easytrain.settings import Precision, Sharding
+from tune_easytrain.shard_trace import ShardTrace
+from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Batch, BuildTask, Task
 from tune_easytrain.timeline import MemoryRecorder, Timeline, UnknownValueError, join_peaks, join_timelines
 from tune_easytrain.worst_case import with_known_worst_case, worst_case_batch
 
-EstimatePrecision = Literal["fp32", "bf16", "fp16"]
-
 _META = torch.device("meta")
 _SIZES = (2, 4)
 _LADDER = (2, 4, 8, 16, 32, 64, 128, 256)
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def estimate_memory(
     build_task: BuildTask,
     config: dict[str, Any],
     *,
-    precision: EstimatePrecision = "fp32",
+    precision: Precision = "fp32",
     device: Literal["cuda", "cpu"] = "cuda",
     clip_norm: float | None = None,
+    checkpointing: str | float | Sequence[str] = "none",
+    channels_last: bool = False,
+    sharding: Sharding = "none",
+    num_workers: int = 1,
 ) -> MemoryEstimate:
     """Estimate the peak memory of training a task at any micro-batch size, without a device.
 
@@ -59,32 +67,47 @@ def estimate_memory(
         precision: number format of forward passes, by CUDA's autocast rules.
         device: whose kernels to assume.
         clip_norm: largest gradient norm, None: no clipping.
+        checkpointing: what the backward pass computes again, as `memory.checkpointing` says it.
+        channels_last: whether images and clips lie in memory with their channels last.
+        sharding: what the workers split among them, as `memory.sharding` says it.
+        num_workers: workers that train together; the estimate is that of the one that needs the most.
 
     Raises:
         ValueError: `precision` or `device` is none of those there are.
         BadInputError: the task says that it was asked for something it does not have.
         EstimateError: training the task cannot be traced; it says why and where.
     """
-    require_one_of("precision", precision, _DTYPES)
+    require_one_of("precision", precision, AUTOCAST_DTYPES)
     require_one_of("device", device, ("cuda", "cpu"))
     with _told_as_no_estimate():
-        task = build_task(config)
-    return estimate_task(task, precision=precision, device=device, clip_norm=clip_norm)
+        task = with_strategies(build_task(config), checkpointing=checkpointing, channels_last=channels_last)
+    return estimate_task(
+        task,
+        precision=precision,
+        device=device,
+        clip_norm=clip_norm,
+        sharding=sharding,
+        num_workers=num_workers,
+    )
 
 
 def estimate_task(
     task: Task,
     *,
-    precision: EstimatePrecision = "fp32",
+    precision: Precision = "fp32",
     device: Literal["cuda", "cpu"] = "cuda",
     clip_norm: float | None = None,
+    sharding: Sharding = "none",
+    num_workers: int = 1,
 ) -> MemoryEstimate:
     """Estimate as `estimate_memory` does, for a task that is already built."""
     collects_garbage = gc.isenabled()
     gc.disable()  # a collection would free what a model holds in cycles at another moment in each trace
     try:
         with kept_random_state(), _told_as_no_estimate():
-            return _Tracer(with_known_worst_case(task), precision, device, clip_norm).estimate()
+            tracer = _Tracer(with_known_worst_case(task), precision, device, clip_norm)
+            tracer.share_out(sharding, num_workers)
+            return tracer.estimate()
     finally:
         if collects_garbage:
             gc.enable()
@@ -96,18 +119,24 @@ class _Tracer:
     def __init__(
         self,
         task: Task,
-        precision: EstimatePrecision,
+        precision: Precision,
         device: Literal["cuda", "cpu"],
         clip_norm: float | None,
     ) -> None:
         self._task = task
-        self._dtype = _DTYPES[precision]
+        self._dtype = AUTOCAST_DTYPES[precision]
         self._device_type = device
         self._clip_norm = clip_norm
         self._autocast = Autocast()
         self._recorder = MemoryRecorder(cuda_scratch)
         self._fixed_bytes = FIXED_BYTES if device == "cuda" else 0
         self._missing: dict[str, str] = {}
+        self.share_out("none", 1)
+
+    def share_out(self, sharding: Sharding, num_workers: int) -> None:
+        """Trace from now on what one of several workers does."""
+        self._sharding, self._num_workers = sharding, num_workers
+        self._sharded: ShardTrace | None = None
 
     def estimate(self) -> MemoryEstimate:
         """Trace at two sizes and join the traces; at many where they are not alike."""
@@ -123,7 +152,11 @@ class _Tracer:
             self._model.to(_META).train()
             for tensor in (*self._model.parameters(), *self._model.buffers()):
                 self._recorder.track(tensor)
+            if self._sharding == "full" and self._num_workers > 1:
+                self._sharded = ShardTrace(self._model, self._num_workers, self._recorder)
             self._optimizer = self._task.optimizer(self._model)
+            rank = heaviest_rank(self._optimizer, self._num_workers)
+            self._shards = shard_optimizer(self._optimizer, self._sharding, rank, self._num_workers)
             if self._device_type == "cuda":
                 choose_foreach(self._optimizer)
             self._used = self._watch_gradients()
@@ -137,9 +170,22 @@ class _Tracer:
             phases = self._join(traces[_SIZES[0]], traces[_SIZES[1]], _SIZES)
             if None not in phases:
                 whole = Segment(None, tuple(filter(None, phases)))
-                return MemoryEstimate((whole,), self._device_type, missing=self._missing)
+                return self._estimated((whole,), traces)
             traces |= {size: self._trace(size) for size in _LADDER if size not in traces}
-        return MemoryEstimate(tuple(self._ladder(traces)), self._device_type, missing=self._missing)
+        return self._estimated(tuple(self._ladder(traces)), traces)
+
+    def _estimated(
+        self, segments: tuple[Segment, ...], traces: dict[int, dict[str, Timeline]]
+    ) -> MemoryEstimate:
+        small, large = (
+            sum(traces[size][phase].num_flops for phase in ("forward", "backward")) for size in _SIZES
+        )
+        return MemoryEstimate(
+            segments,
+            self._device_type,
+            missing=self._missing,
+            flops_per_sample=(large - small) / (_SIZES[1] - _SIZES[0]),
+        )
 
     def _batch(self, microbatch_size: int) -> Batch:
         return worst_case_batch(self._task, microbatch_size, _META)
@@ -176,28 +222,37 @@ class _Tracer:
         with self._recorder.assuming(1.0):  # optimizers read norms and counts, whose values change no shape
             if gradients:
                 torch._foreach_div_(gradients, 1.0)
+            if self._num_workers > 1 and self._sharded is None:
+                take_buffers(gradients)
             if self._clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
             self._optimizer.step()
+            self._shards.share_parameters(lambda tensor, owner: None)
 
     @kept_random_state()  # what is left out at random is left out of every trace
     def _trace(self, microbatch_size: int) -> dict[str, Timeline]:
         """Record every phase at one size, each in its steady state."""
         recording, phases = self._recorder.recording, {}
         batch = self._batch(microbatch_size)
-        with recording() as phases["forward"]:
-            loss = self._loss(batch)
-        with recording() as phases["backward"]:
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
+        with self._passing():
+            with recording() as phases["forward"]:
+                loss = self._loss(batch)
+            with recording() as phases["backward"]:
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                if self._sharded is not None:
+                    self._sharded.end_backward()
         with recording() as phases["optimizer"]:
             self._step()
-        with self._evaluating():
+        with self._evaluating(), self._passing():
             self._trace_if_possible("evaluation", self._evaluate, batch, phases)
             if self._task.generate is not None:
                 generate = partial(self._task.generate, self._model)
                 self._trace_if_possible("generation", generate, batch, phases)
         return phases
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._sharded is None else self._sharded.passing()
 
     def _evaluate(self, batch: Batch) -> None:
         self._loss(batch)
@@ -254,6 +309,10 @@ def _told_as_no_estimate() -> Iterator[None]:
     """Raise what goes wrong inside as an EstimateError, except what the task says about its own input."""
     try:
         yield
+    except UnknownNameError as error:
+        if error.key != CHECKPOINTING_KEY:
+            raise
+        raise EstimateError(str(error)) from error  # no rung for this model, if it was a choice of ours
     except BadInputError:
         raise
     except Exception as error:

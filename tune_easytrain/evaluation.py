@@ -15,6 +15,7 @@ from tune_easytrain.errors import TaskError
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.precision import autocast
 from tune_easytrain.rescue import Rescue
+from tune_easytrain.sharded_model import EqualPasses
 from tune_easytrain.task import Batch, Task
 from tune_easytrain.trial_context import TrialContext
 
@@ -30,12 +31,21 @@ class Evaluation:
     """
 
     def __init__(
-        self, task: Task, trial: TrialContext, model: nn.Module, loader: EpochLoader, microbatch_limit: int
+        self,
+        task: Task,
+        trial: TrialContext,
+        model: nn.Module,
+        loader: EpochLoader,
+        microbatch_limit: int,
+        passes: EqualPasses | None = None,
     ) -> None:
+        """`passes` keeps the workers of a sharded model in step."""
         self._task, self._trial, self._model, self._loader = task, trial, model, loader
         self._device, self._ranks = trial.device, trial.ranks
         plan = BatchPlan.build(max(1, loader.num_samples), microbatch_limit)
         self._rescue = Rescue(model, plan, trial.memory, tell=lambda change: None)
+        self._rescue.is_alone = passes is None
+        self._passes = passes
 
     @property
     def microbatch_limit(self) -> int:
@@ -71,17 +81,20 @@ class Evaluation:
         metrics = {name: build().to(self._device) for name, build in self._task.metrics.items()}
         for metric in metrics.values():
             metric.sync_on_compute = self._is_shared
-        samples = range(self._loader.num_samples)
-        if self._is_shared:
-            samples = samples[self._ranks.rank :: self._ranks.num_workers]
+        ranks = self._ranks
+        samples = self._loader.share(ranks.num_workers, ranks.rank) if self._is_shared else None
         loss_sum: Tensor = torch.zeros((), device=self._device, dtype=torch.float64)
         weight_sum = 0.0
         with torch.no_grad():
-            for batch in self._loader.in_order(plan.microbatch_size, samples):
+            batches = self._loader.in_order(plan.microbatch_size, samples)
+            if self._passes is not None:
+                batches = self._passes.in_step(batches, lambda spare: self._evaluate_batch(spare, ()))
+            for batch in batches:
                 loss, weight = self._evaluate_batch(batch, metrics.values())
                 del batch  # or it would be held while the next one is loaded
-                loss_sum += loss.double() * weight
-                weight_sum += weight
+                if weight:  # a mean over nothing is NaN: sequences without a token to predict
+                    loss_sum += loss.double() * weight
+                    weight_sum += weight
         return float(loss_sum), weight_sum, metrics
 
     def _evaluate_batch(self, batch: Batch, metrics: Iterable[Metric]) -> tuple[Tensor, float]:

@@ -79,6 +79,7 @@ class Planned(Event):
     accumulation_steps: int | None
     num_workers: int
     warning: str = ""
+    strategy: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,17 +20,20 @@ from tune_easytrain.config_issues import (
     show_value,
 )
 from tune_easytrain.errors import did_you_mean
-from tune_easytrain.sections import BatchConfig, Section, TrainConfig
+from tune_easytrain.sections import BatchConfig, MemoryConfig, Section, TrainConfig
 from tune_easytrain.trial_space import POINT_KEY
 
 BATCH_SIZE_KEY = "hp.batch_size"
 MODEL_KEY = "model.type"
 
-_SECTIONS: Mapping[str, type[Section]] = {"batch": BatchConfig, "train": TrainConfig}
+_SECTIONS: Mapping[str, type[Section]] = {
+    "batch": BatchConfig,
+    "train": TrainConfig,
+    "memory": MemoryConfig,
+}
 _NOT_PER_TRIAL = {
     "trial": "every trial gets the same resources",
     "run": "it is about the sweep as a whole",
-    "memory": "this version has no such section",
     "config": "grid keys are already relative to config",
 }
 _NAMES_OF_RAY = ("grid_search", "eval")

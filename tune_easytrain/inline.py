@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tune_easytrain.config import SweepConfig
@@ -18,6 +19,7 @@ from tune_easytrain.run_directory import trial_id
 from tune_easytrain.search_space import build_trial_space, num_draws, param_space
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial import (
+    chosen_strategies,
     describe_change,
     describe_plan,
     failed_event,
@@ -66,6 +68,13 @@ def run_trials_inline(
 def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: ProbeCache) -> None:
     settings = opening.settings
     session = DeviceSession(opening)
+    choice = chosen_strategies(
+        settings, session.opened(), lambda settings: estimate(replace(opening, settings=settings))
+    )
+    if choice.settings != settings:
+        session.memory.uncap()
+        opening = replace(opening, settings=choice.settings)
+        session = DeviceSession(opening)
 
     def emit(event: Event) -> None:
         recorder.record(name, event)
@@ -75,13 +84,13 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: Prob
         require_metric(settings.metric, opened.metric_names)
         limit = find_limit(
             lambda size: session.attempt(size).attempt,
-            settings,
+            choice.settings,
             opened,
             emit,
             cache,
             lambda: estimate(opening),
         )
-        planned = describe_plan(settings, opened, limit)
+        planned = describe_plan(choice, opened, limit)
         emit(planned)
         emit_change = with_rescues_published(emit, opened, cache)
         reasons = ["the training function returned"]

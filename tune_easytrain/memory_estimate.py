@@ -92,11 +92,14 @@ class MemoryEstimate:
         device_type: whose kernels were assumed, `cuda` or `cpu`.
         missing: phases after training (evaluation, generation) that could not be traced, each with the
             reason. The peak is that of the others; the probe runs all of them.
+        flops_per_sample: floating-point operations of matrix products and convolutions, forward and
+            backward, with what is computed twice.
     """
 
     segments: tuple[Segment, ...]
     device_type: str
     missing: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    flops_per_sample: float = field(default=0.0, kw_only=True)
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Return the peak over all phases, in bytes; raises ValueError below one sample."""

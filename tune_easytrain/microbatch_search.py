@@ -82,15 +82,17 @@ def find_limit(
 def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
     """Return the most samples worth trying at once: the given limit, a worker's share of E, or of the data.
 
-    None without E.
+    A limit in tokens is as many of the longest samples as it holds, and at least one. None without E.
     """
     window = settings.effective_batch_size
     if window is None:
         return settings.microbatch_limit
+    limits = [] if settings.microbatch_limit is None else [settings.microbatch_limit]
+    if settings.max_tokens is not None and opened.longest_tokens is not None:
+        limits.append(max(1, settings.max_tokens // opened.longest_tokens))
     if opened.num_train_samples is None:
-        return settings.microbatch_limit or largest_share(window, settings.num_workers)
-    share = largest_share(min(window, opened.num_train_samples), settings.num_workers)
-    return min(settings.microbatch_limit or share, share)
+        return min(limits, default=largest_share(window, settings.num_workers))
+    return min([*limits, largest_share(min(window, opened.num_train_samples), settings.num_workers)])
 
 
 def search_plan(

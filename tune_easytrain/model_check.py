@@ -16,11 +16,14 @@ from tune_easytrain import train_loop
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
 from tune_easytrain.search_space import build_trial_space, grid_keys, grid_points
+from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
+from tune_easytrain.trial_space import SECTION_NAMES
 from tune_easytrain.yaml_source import read_file
 
 _MODEL_KEY = "model.type"
-_NOT_OF_THE_MODEL = ("hp", "optimizer", "scheduler", "batch", "train")
+_MAX_TOKENS_KEY = "batch.max_tokens"
+_NOT_OF_THE_MODEL = ("hp", "optimizer", "scheduler", "batch", "train", "memory")
 
 
 def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int | None = None) -> int:
@@ -49,6 +52,8 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
         faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, failure, known))
     if task is not None and config.train.function is None:
         faults += _metric_faults(config, train_loop.metric_names(task))
+    if task is not None and task.lengths is None:
+        faults += _token_faults(config)
     if faults:
         raise ConfigError(faults)
     return len(built)
@@ -66,14 +71,31 @@ def _metric_faults(config: SweepConfig, names: Sequence[str]) -> list[Fault]:
     return [source.fault(("run", "metric"), problem, remedy)]
 
 
+def _token_faults(config: SweepConfig) -> list[Fault]:
+    """Return the fault that micro-batches are limited by tokens, for a task without lengths."""
+    listed = config.grid_search.grid.get(_MAX_TOKENS_KEY, (config.batch.max_tokens,))
+    given = [value for value in listed if value is not None] if isinstance(listed, tuple) else [listed]
+    if not given:
+        return []
+    problem = f"{given[0]} tokens limit nothing: the task does not know how long its samples are"
+    remedy = "give the task `lengths`, or remove the key"
+    if config.source_path is None:
+        return [Fault("<config>", _MAX_TOKENS_KEY, problem, remedy)]
+    source, _ = read_file(config.source_path)
+    in_grid = _MAX_TOKENS_KEY in config.grid_search.grid
+    path = ("grid_search", "grid", _MAX_TOKENS_KEY) if in_grid else tuple(_MAX_TOKENS_KEY.split("."))
+    return [source.fault(path, problem, remedy)]
+
+
 def _build_on_meta(build_task: Any, trial: dict[str, Any]) -> Task:
     task = build_task(trial)
     if not isinstance(task, Task):
         kind = type(task).__name__
         raise TaskError(f"the task function returned a {kind}, not a tune_easytrain.Task (no `return`?)")
     _check_fields(task)
+    memory = trial["memory"]
     with torch.device("meta"):
-        model = task.model()
+        model = with_strategies(task, checkpointing=memory["checkpointing"]).model()
     if not isinstance(model, torch.nn.Module):
         raise TaskError(f"the task's model() returned a {type(model).__name__}, not a torch.nn.Module")
     return task
@@ -95,7 +117,7 @@ def _check_fields(task: Task) -> None:
 def _model_signature(trial: Mapping[str, Any]) -> str:
     """Return what the model may depend on; optimizer and batch settings do not make another model."""
     parts = {key: value for key, value in trial.items() if key not in _NOT_OF_THE_MODEL}
-    return json.dumps(parts, sort_keys=True, default=repr)
+    return json.dumps([parts, trial["memory"]["checkpointing"]], sort_keys=True, default=repr)
 
 
 def _fault(
@@ -125,7 +147,8 @@ def _place(config: SweepConfig, key: str, grid_value: Any) -> tuple[str, int | N
     if config.source_path is None:
         return "<config>", None, key
     source, _ = read_file(config.source_path)
-    path: tuple[str | int, ...] = ("config", *key.split("."))
+    parts = key.split(".")
+    path: tuple[str | int, ...] = tuple(parts) if parts[0] in SECTION_NAMES else ("config", *parts)
     if grid_value is not None:
         path = ("grid_search", "grid", key)
         listed = config.grid_search.grid.get(key)

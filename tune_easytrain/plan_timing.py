@@ -46,7 +46,7 @@ class PlanTiming:
         return self._num_windows >= len(self._turns) * (WARMUP_WINDOWS + TIMED_WINDOWS)
 
     def add(self, seconds: float) -> None:
-        """Take the time of a full window that was trained with `plan`."""
+        """Take the time of a full window that was trained with `plan`, or its time per token."""
         turn, windows_before = divmod(self._num_windows, WARMUP_WINDOWS + TIMED_WINDOWS)
         if windows_before >= WARMUP_WINDOWS:
             plan = self._turns[turn]

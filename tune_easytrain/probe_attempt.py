@@ -11,11 +11,16 @@ from torch import nn
 
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch import count_samples
+from tune_easytrain.compiled_model import CompiledModel
 from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error, first_line
-from tune_easytrain.precision import Precision, autocast
+from tune_easytrain.optimizer_shards import shard_optimizer
+from tune_easytrain.precision import autocast
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.random_state import kept_random_state
+from tune_easytrain.rank_group import RankGroup, take_buffers
 from tune_easytrain.rescue import StateSnapshot
+from tune_easytrain.settings import Precision, Sharding
+from tune_easytrain.sharded_model import is_sharded, place_model
 from tune_easytrain.task import Batch, Task
 from tune_easytrain.worst_case import worst_case_batch
 
@@ -31,10 +36,17 @@ def run_attempt(
     memory: DeviceMemory,
     precision: Precision = "fp32",
     clip_norm: float | None = None,
+    is_compiled: bool = False,
+    sharding: Sharding = "none",
+    rank: int = 0,
+    num_workers: int = 1,
+    ranks: RankGroup | None = None,
 ) -> Attempt:
     """Run training, evaluation and generation at one micro-batch size under the cap already set.
 
-    The model is built anew and nothing of it outlives the attempt; random state is left as it was.
+    The model is built anew and nothing of it outlives the attempt; random state is left as it was. Of
+    several workers, each tries by itself what it will hold as `rank`; what they exchange is not sent. With
+    `ranks` they try together, as the workers of a sharded model have to.
     Memory and size limits become the attempt's outcome. Every other error is raised as it is.
     """
     memory.release()
@@ -42,7 +54,8 @@ def run_attempt(
     retries_before = memory.num_retries()
     start = time.perf_counter()
     failure, outcome = "", Outcome.FITS
-    exercise = _Exercise(task, microbatch_size, device, memory, precision, clip_norm)
+    exercise = _Exercise(task, microbatch_size, device, memory, precision, clip_norm, is_compiled)
+    exercise.share_out(sharding, rank, num_workers, ranks)
     try:
         with kept_random_state():
             exercise.run()
@@ -77,29 +90,52 @@ class _Exercise:
         memory: DeviceMemory,
         precision: Precision,
         clip_norm: float | None,
+        is_compiled: bool,
     ) -> None:
         self._task, self._microbatch_size, self._memory = task, microbatch_size, memory
         self._device, self._precision, self._clip_norm = device, precision, clip_norm
+        self._is_compiled = is_compiled
+        self._sharding: Sharding = "none"
+        self._rank, self._num_workers, self._ranks = 0, 1, RankGroup()
         self.sizes_run: list[int] = []
         self.training_peak_bytes = 0
 
+    def share_out(self, sharding: Sharding, rank: int, num_workers: int, ranks: RankGroup | None) -> None:
+        """Do from now on what one of several workers does, together with them where there are `ranks`."""
+        self._sharding, self._rank, self._num_workers = sharding, rank, num_workers
+        self._ranks = RankGroup() if ranks is None else ranks
+
     def run(self) -> None:
         """Train, evaluate and generate; raises whatever goes wrong."""
-        self._model = _build_model(self._task, self._device).train()
+        self._model = self._build_model().train()
+        if self._is_compiled:
+            CompiledModel(self._model)
         self._optimizer = self._task.optimizer(self._model)
+        self._shards = shard_optimizer(self._optimizer, self._sharding, self._rank, self._num_workers)
         self._state = StateSnapshot(self._model)
         try:
             tiny = self._batch(min(_TINY_SIZE, self._microbatch_size))
             self._train([tiny])
             full = self._batch(self._microbatch_size)
             self._train([tiny, full])
-            self._optimizer.zero_grad(set_to_none=True)
+            self._model.zero_grad(set_to_none=True)
             self.training_peak_bytes = self._memory.peak_bytes()
             del tiny, full
             if not self._evaluation_is_small():
                 self._evaluate(self._batch(self._microbatch_size))
         finally:
-            del self._model, self._optimizer, self._state
+            del self._model, self._optimizer, self._shards, self._state
+
+    def _build_model(self) -> nn.Module:
+        """Build the model where it is needed: hosts take seconds to draw values, which do not matter here.
+
+        What insists on the CPU, or runs out of memory there, is built on the CPU, as for training; and so is
+        what no device is to hold as a whole.
+        """
+        if self._device.type != "cpu" and self._ranks.num_workers == 1:
+            with suppress(Exception), self._device:
+                return self._task.model().to(self._device)
+        return place_model(self._task.model(), self._device, self._ranks, self._sharding)
 
     def _batch(self, microbatch_size: int) -> Batch:
         return worst_case_batch(self._task, microbatch_size, self._device)
@@ -111,9 +147,12 @@ class _Exercise:
 
         self._state.take()  # as training does, for a rescue
         accumulate_gradients(self._model, loss, window, weight=self._task.weight)
+        if self._num_workers > 1 and not is_sharded(self._model):
+            take_buffers([p.grad for p in self._model.parameters() if p.grad is not None])
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
         self._optimizer.step()
+        self._shards.share_parameters(lambda tensor, owner: None)
         self.sizes_run.append(count_samples(window[-1]))
 
     def _evaluation_is_small(self) -> bool:
@@ -125,6 +164,8 @@ class _Exercise:
         """
         part = -(-self._microbatch_size // _EVALUATED_PART)
         if not self._memory.measures_tensors or part < _TINY_SIZE:
+            return False
+        if is_sharded(self._model):  # all ranks have to come to the same answer
             return False
         self._memory.reset_peak()
         resident_bytes = self._memory.used_bytes()
@@ -140,14 +181,3 @@ class _Exercise:
                 self._task.predict(self._model, batch)
             if self._task.generate is not None:
                 self._task.generate(self._model, batch)
-
-
-def _build_model(task: Task, device: torch.device) -> nn.Module:
-    """Build the model where it is needed, for its values do not matter here: hosts take seconds to draw them.
-
-    What insists on the CPU, or runs out of memory there, is built on the CPU, as for training.
-    """
-    if device.type != "cpu":
-        with suppress(Exception), device:
-            return task.model().to(device)
-    return task.model().to(device)

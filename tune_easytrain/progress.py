@@ -131,7 +131,7 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
                 f"{tries} ({event.seconds:.1f} s)"
             )
         case Planned():
-            note = f"; {event.warning}" if event.warning else ""
+            note = "".join(f"; {text}" for text in (event.strategy, event.warning) if text)
             return (
                 f"{name}: effective batch size {event.effective_batch_size} in {event.accumulation_steps} "
                 f"micro-batches of at most {event.microbatch_size} on {event.device}{note}"

@@ -25,6 +25,7 @@ class Opening:
         scratch_dir: a folder of the trial's own for checkpoints on their way to storage.
         checkpoint_path: the checkpoint to go on from.
         budget_bytes: the memory budget found by an earlier child of this trial.
+        rank: this worker's number among those that train the trial together, from 0.
         is_shared: whether other trials may ask for what this one finds, so that it needs a signature.
     """
 
@@ -38,6 +39,7 @@ class Opening:
     scratch_dir: str
     checkpoint_path: str | None = None
     budget_bytes: int | None = None
+    rank: int = 0
     is_shared: bool = True
 
 
@@ -55,7 +57,8 @@ class Opened:
     `budget_bytes` is what the child is capped at. `num_train_samples` is None without a task, `metric_names`
     None where a function of the user's own reports whatever it likes. `signature` is the same for trials
     that need the same memory; empty where nothing is probed. `coupling` is what lets the samples of a batch
-    depend on one another. A trial's first child gives both.
+    depend on one another. A trial's first child gives both. `longest_tokens` is the length of the longest
+    training sample, where micro-batches are limited by tokens.
     """
 
     device_name: str
@@ -65,21 +68,7 @@ class Opened:
     resumed_microbatch_limit: int | None
     signature: str = ""
     coupling: BatchCoupling | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptRequest:
-    """Ask the child to try one micro-batch size; it answers with an `AttemptReply`."""
-
-    microbatch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptReply:
-    """An attempt's result, and whether the child's memory is back where it was before."""
-
-    attempt: Attempt
-    is_clean: bool
+    longest_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +82,25 @@ class WorkerPlace:
     rank: int
     num_workers: int
     store_address: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRequest:
+    """Ask the child to try one micro-batch size; it answers with an `AttemptReply`.
+
+    With `place` it tries as one of several workers together, and the first one opens their store before.
+    """
+
+    microbatch_size: int
+    place: WorkerPlace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReply:
+    """An attempt's result, and whether the child's memory is back where it was before."""
+
+    attempt: Attempt
+    is_clean: bool
 
 
 @dataclass(frozen=True, slots=True)

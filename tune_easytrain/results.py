@@ -38,6 +38,7 @@ COLUMNS = (
     Column("accumulation_steps", "Int64", "", "micro-batches behind one optimizer step on one worker"),
     Column("num_workers", "Int64", "", "processes that trained the trial together"),
     Column("device", "string", "", "the device's name, cpu for a CPU"),
+    Column("strategy", "string", "", "what `memory.strategy: auto` chose, and what it costs; else empty"),
     Column("probe_attempts", "Int64", "", "micro-batch sizes tried on the device; 0 with the probe off"),
     Column("probe_cached", "boolean", "", "whether it only had to confirm what another trial had found"),
     Column("probe_seconds", "float64", "s", "wall time of these attempts"),
@@ -46,6 +47,14 @@ COLUMNS = (
     Column("num_rescues", "Int64", "", "times memory ran out in training and a window was replayed smaller"),
     Column("samples_per_second", "float64", "samples/s", "trained in the last epoch, evaluation left out"),
     Column("data_wait_share", "float64", "", "share of that time in which the device waited for data"),
+    Column("gpu_utilization", "float64", "", "share of that time in which kernels ran on the GPU"),
+    Column(
+        "tokens_per_second",
+        "float64",
+        "tokens/s",
+        "trained in the last epoch without padding; missing unless the task has `lengths`",
+    ),
+    Column("padding_share", "float64", "", "share of the last epoch's tokens that were padding"),
     Column("optimizer_steps", "Int64", "", "optimizer steps taken"),
     Column("num_samples", "Int64", "samples", "trained on, each counted once per epoch"),
     Column("learning_rate", "float64", "", "of the first parameter group after the last epoch"),
@@ -61,7 +70,8 @@ COLUMNS = (
 )
 """The columns every frame has, zero trials or many. Behind the first three stands the trial's config, one
 column per key (`model.type`); behind all of them the metrics, two columns each (`<metric>_last`, and
-`<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.` and `train.` keys."""
+`<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.`, `train.` and
+`memory.` keys."""
 
 _IDENTITY = ("trial_id", "state", "error")
 
@@ -202,6 +212,7 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
         "accumulation_steps": plan and plan.accumulation_steps,
         "num_workers": plan and plan.num_workers,
         "device": plan and plan.device,
+        "strategy": plan and plan.strategy,
         "probe_attempts": len(probe.attempts) if probe else (0 if plan else None),
         "probe_cached": probe.cached if probe else (False if plan else None),
         "probe_seconds": probe.seconds if probe else (0.0 if plan else None),
@@ -210,6 +221,9 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
         "num_rescues": record.num_rescues if plan else None,
         "samples_per_second": last.get("samples_per_second"),
         "data_wait_share": last.get("data_wait_share"),
+        "gpu_utilization": last.get("gpu_utilization"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "padding_share": last.get("padding_share"),
         "optimizer_steps": last.get("optimizer_steps"),
         "num_samples": last.get("num_samples"),
         "learning_rate": last.get("learning_rate"),

@@ -1,4 +1,4 @@
-"""The sections of a sweep file that hold settings: `batch`, `train`, `trial` and `run`."""
+"""The sections of a sweep file that hold settings: `batch`, `train`, `memory`, `trial` and `run`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,12 @@ class BatchConfig(Section):
     exact: Literal["warn", "required"] = "warn"
     """What happens to a trial whose gradients cannot equal the whole batch's, as with BatchNorm."""
 
+    group_by_length: bool = True
+    """Whether micro-batches are made of samples of like length, where the task knows their lengths."""
+
+    max_tokens: PositiveInt | None = None
+    """Most tokens of one worker's micro-batch, padding included; default: what memory holds."""
+
     @field_validator("memory_budget", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> int | None:
@@ -148,8 +154,11 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     """Seed of every random choice in a trial."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward and backward pass."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward and backward pass; fp16 with a loss scale."""
+
+    compile: bool = False
+    """Whether the model is compiled by torch.compile for training."""
 
     function: FunctionName | None = None
     """Own training function, `module:function` or `path/file.py:function`; default: the built-in loop."""
@@ -164,6 +173,34 @@ class TrainConfig(Section):
             remedy = "remove the key to use the built-in loop, or name a function"
             raise fail("'none' (evaluate only) is not available in this version", remedy)
         return value
+
+
+class MemoryConfig(Section):
+    """What a trial gives up for memory, computation mostly, without changing its results."""
+
+    strategy: Literal["none", "auto"] = "none"
+    """Whether what is needed to fit the micro-batch limit is chosen by the estimate: `auto`."""
+
+    checkpointing: Literal["none", "blocks"] | float | list[str] = "none"
+    """Blocks that the backward pass computes again: all, a share of them, or classes by name."""
+
+    sharding: Literal["none", "optimizer", "full"] = "none"
+    """What is split over the workers of a trial instead of being kept by each."""
+
+    channels_last: bool = False
+    """Whether images and clips lie in memory with their channels last."""
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _is_choice_of_blocks(cls, value: Any) -> Any:
+        if value in ("none", "blocks"):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+            return float(value)
+        if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+            return value
+        remedy = "write none, blocks, a share of the blocks such as 0.5, or a list of class names"
+        raise fail(f"{show_value(value)} is no choice of blocks", remedy)
 
 
 class ResourcesConfig(Section):

@@ -1,4 +1,4 @@
-"""`TrialSettings`: the `batch`, `train` and `run` keys of one trial as plain values, without pydantic."""
+"""`TrialSettings`: the `batch`, `train`, `memory` and `run` keys of one trial, plain. No pydantic."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Any, Literal
 
 from tune_easytrain.probe import Search
 from tune_easytrain.training_budget import TrainingBudget
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Number format of forward and backward passes; parameters and what they gather keep their own."""
+
+Sharding = Literal["none", "optimizer", "full"]
+"""What the workers of a trial split among them instead of each keeping it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +32,8 @@ class TrialSettings:
         start: the first size the probe tries; default: what the estimate says.
         probe_timeout_seconds: one attempt that takes longer counts as failed.
         exact: whether a trial whose gradients cannot equal the whole batch's is warned of or refused.
+        group_by_length: whether micro-batches are made of samples of like length, where that is known.
+        max_tokens: upper limit of one micro-batch in padded tokens, where the sweep gives one.
         epochs, num_samples, num_steps: how much is trained at most, in passes over the training set, samples
             or optimizer steps; exactly one is given.
         patience: epochs without a better metric before training stops; None: never.
@@ -35,6 +43,12 @@ class TrialSettings:
         warmup_steps: optimizer steps over which the learning rate grows from 0 to its full value.
         noise_scale: whether the gradient noise scale is measured.
         loader_workers: processes that load data; 0: the training process itself.
+        compile: whether the model is compiled for training.
+        strategy: whether the estimate chooses what is given up for memory.
+        checkpointing: what the backward pass computes again: `none`, `blocks`, a share of the blocks, or
+            names of classes.
+        sharding: what the workers split among them.
+        channels_last: whether images and clips lie in memory with their channels last.
         metric, mode: what patience looks at and the sweep is ranked by.
         num_workers: how many workers train the trial together.
     """
@@ -48,6 +62,8 @@ class TrialSettings:
     start: int | None
     probe_timeout_seconds: float
     exact: Literal["warn", "required"]
+    group_by_length: bool
+    max_tokens: int | None
     epochs: int | None
     num_samples: int | None
     num_steps: int | None
@@ -58,8 +74,13 @@ class TrialSettings:
     warmup_steps: int
     noise_scale: bool
     seed: int
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     loader_workers: int
+    compile: bool
+    strategy: Literal["none", "auto"]
+    checkpointing: str | float | tuple[str, ...]
+    sharding: Sharding
+    channels_last: bool
     metric: str
     mode: Literal["min", "max"]
     num_workers: int = 1
@@ -68,8 +89,9 @@ class TrialSettings:
     def from_config(
         cls, config: Mapping[str, Any], *, metric: str, mode: Literal["min", "max"], num_workers: int = 1
     ) -> TrialSettings:
-        """Read one trial's nested config, whose `batch` and `train` sections are complete."""
-        batch, train = config["batch"], config["train"]
+        """Read one trial's nested config, whose `batch`, `train` and `memory` sections are complete."""
+        batch, train, memory = config["batch"], config["train"], config["memory"]
+        checkpointing = memory["checkpointing"]
         effective_batch_size, microbatch_limit = batch_sizes(config)
         return cls(
             effective_batch_size=effective_batch_size,
@@ -81,6 +103,8 @@ class TrialSettings:
             start=batch["start"],
             probe_timeout_seconds=batch["probe_timeout"],
             exact=batch["exact"],
+            group_by_length=batch["group_by_length"],
+            max_tokens=batch["max_tokens"],
             epochs=train["epochs"],
             num_samples=train["num_samples"],
             num_steps=train["num_steps"],
@@ -93,6 +117,11 @@ class TrialSettings:
             seed=train["seed"],
             precision=train["precision"],
             loader_workers=train["loader_workers"],
+            compile=train["compile"],
+            strategy=memory["strategy"],
+            checkpointing=tuple(checkpointing) if isinstance(checkpointing, list) else checkpointing,
+            sharding=memory["sharding"],
+            channels_last=memory["channels_last"],
             metric=metric,
             mode=mode,
             num_workers=num_workers,
@@ -112,6 +141,12 @@ class TrialSettings:
         if best is None:
             return True
         return value < best if self.mode == "min" else value > best
+
+
+def with_strategies_of(config: Mapping[str, Any], settings: TrialSettings) -> dict[str, Any]:
+    """Return a trial's nested config with the memory strategies of `settings` in its `memory` section."""
+    chosen = {name: getattr(settings, name) for name in ("checkpointing", "sharding")}
+    return {**config, "memory": {**config["memory"], **chosen}}
 
 
 def batch_sizes(config: Mapping[str, Any]) -> tuple[int | None, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ def task_signature(task: Task, opening: Opening, device: torch.device) -> str:
         _digest(opening.function_payload or b""),
         settings.precision,
         settings.clip_norm is not None,
+        (settings.checkpointing, settings.channels_last, settings.sharding, settings.compile),
         settings.num_workers,
         (settings.search, settings.start),
     ]
@@ -118,6 +120,7 @@ def _effect(value: Any) -> Any:
         return _effect(value.func)
     if isinstance(value, torch.dtype):
         return str(value)
+    value = inspect.unwrap(value) if callable(value) else value
     if hasattr(value, "__qualname__"):  # a function or a class; lambdas differ by their line
         line = getattr(getattr(value, "__code__", None), "co_firstlineno", 0)
         return f"{value.__module__}.{value.__qualname__}:{line}"

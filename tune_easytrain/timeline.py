@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.flop_counter import flop_registry
 
 from tune_easytrain.kernel_scratch import Scratch
 from tune_easytrain.known_values import KnownValues
@@ -35,10 +36,12 @@ class Timeline:
     Attributes:
         start_bytes: in use when the phase began.
         changes: bytes of each allocation, negative for each free, or what a kernel takes while it runs.
+        num_flops: floating-point operations of matrix products, convolutions and attention.
     """
 
     start_bytes: int
     changes: list[int | Scratch] = field(default_factory=list)
+    num_flops: int = 0
 
 
 class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,6 +92,12 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._change(num_bytes)
         weakref.finalize(storage, self._freed, key)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor no more, nor any view of it."""
+        key = tensor.untyped_storage()._cdata
+        self._change(-self._live.get(key, 0))
+        self._live[key] = 0
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -113,6 +122,7 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     self.track(tensor)
         if self._timeline is not None:
+            self._timeline.num_flops += count_flops(func, args, kwargs, result)
             scratch = self._kernel_scratch(func, args, result)
             if scratch is not None and scratch.num_bytes:
                 self._timeline.changes.append(scratch)
@@ -216,3 +226,27 @@ def _line(at_small: int, at_large: int, sizes: tuple[int, int]) -> Line:
     if at_small % _BLOCK_BYTES or at_large % _BLOCK_BYTES:
         fixed += _BLOCK_BYTES if at_small > 0 else -_BLOCK_BYTES
     return Line(fixed, slope)
+
+
+def count_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the floating-point operations of an operation that torch counts them of, 0 of any other."""
+    count = flop_registry.get(func._overloadpacket)
+    if count is None:
+        return 0
+    if "scaled_dot_product" in str(func):
+        args = _with_heads_of_query(args)
+    num_flops: int = count(*args, **kwargs, out_val=result)
+    return num_flops
+
+
+def _with_heads_of_query(args: Sequence[Any]) -> list[Any]:
+    """Return the arguments of an attention with as many heads of keys and values as the query has.
+
+    Each computes with all of them, but torch 2.11 does not count where heads share keys.
+    """
+    shaped = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 4]
+    num_heads = max((tensor.shape[1] for tensor in shaped), default=0)
+    return [
+        arg[:, :1].expand(-1, num_heads, -1, -1) if any(arg is tensor for tensor in shaped) else arg
+        for arg in args
+    ]

@@ -7,17 +7,23 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import MetricError, did_you_mean
+from tune_easytrain.errors import MetricError, MicrobatchTooLargeError, did_you_mean
 from tune_easytrain.events import Event, Failed, Planned, Reported, Rescued, Started, TrainingEnded
 from tune_easytrain.exactness import check_exactness
-from tune_easytrain.microbatch_search import Emit, find_limit
+from tune_easytrain.memory_ladder import Estimate, StrategyChoice, choose_strategies
+from tune_easytrain.microbatch_search import Emit, find_limit, microbatch_limit
 from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache, ProbeEvidence
 from tune_easytrain.protocol import Continue, Finished, Opened, Opening, PlanChanged, Report, TrainRequest
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial_children import TrainingProcess, TrialChildren, TrialProcesses
+from tune_easytrain.trial_restart import Restarts, describe_restart
+
+Processes = TypeVar("Processes", bound=TrialProcesses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,9 @@ def run_trial(
     sweep's trials know of each other's probes (None: this trial is alone), `processes` starts what runs the
     trial's torch code (None: a child of this process).
 
+    Where memory runs out in a window that several workers compute together, the trial starts again from its
+    last checkpoint with half the micro-batch.
+
     Raises NotEnoughMemoryError when not even one sample fits, ChildDiedError when training died, and what
     the task's own code raised, with its type.
     """
@@ -61,42 +70,95 @@ def run_trial(
     emit(Started(config=spec.config, resumed=is_resumed, cloned_from=spec.cloned_from))
     scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
     opening = _opening(spec, scratch_dir)
-    children: TrialProcesses = (
-        TrialChildren(opening, spec.preloaded_modules) if processes is None else processes(opening)
-    )
+
+    def in_children(opening: Opening) -> TrialChildren:
+        return TrialChildren(opening, spec.preloaded_modules)
+
     cache = LocalProbeCache() if cache is None else cache
+    children: TrialProcesses | None = None
     try:
-        opened = children.open()
+        children, opened, choice = open_trial(
+            opening,
+            in_children if processes is None else processes,
+            lambda settings: in_children(replace(opening, settings=settings)).estimate(),
+        )
         require_metric(spec.settings.metric, opened.metric_names)
         timeout_seconds = spec.settings.probe_timeout_seconds
         limit = find_limit(
-            lambda size: children.attempt(size, timeout_seconds),
-            spec.settings,
+            partial(children.attempt, timeout_seconds=timeout_seconds),
+            choice.settings,
             opened,
             emit,
             cache,
             children.estimate,
         )
-        planned = describe_plan(spec.settings, opened, limit)
+        planned = describe_plan(choice, opened, limit)
         emit(planned)
-        training, take = children.for_training(), with_rescues_published(emit, opened, cache)
-        yield from _train(training, limit, planned, spec.settings.metric, take)
+        take = with_rescues_published(emit, opened, cache)
+        restarts = Restarts(choice.settings, spec.checkpoint_path, Path(scratch_dir))
+        while True:
+            try:
+                reports = _train(children.for_training(), limit, planned, spec.settings.metric, take)
+                yield from map(restarts.seen, reports)
+                return
+            except MicrobatchTooLargeError as error:
+                failed = error
+            children.kill()  # the others wait for the one that failed
+            limit = restarts.smaller(failed)
+            planned = describe_plan(choice, opened, limit)
+            take(describe_restart(planned, failed, limit))
+            children = (in_children if processes is None else processes)(
+                replace(
+                    opening,
+                    settings=choice.settings,
+                    checkpoint_path=restarts.checkpoint_path,
+                    budget_bytes=opened.budget_bytes,
+                )
+            )
     except GeneratorExit:
         raise
     except Exception as error:
         emit(failed_event(error))
         raise
     finally:
-        children.kill()
+        if children is not None:
+            children.kill()
         shutil.rmtree(scratch_dir, ignore_errors=True)
 
 
-def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) -> Planned:
+def open_trial(
+    opening: Opening, start: Callable[[Opening], Processes], estimate: Estimate
+) -> tuple[Processes, Opened, StrategyChoice]:
+    """Return a trial's processes, opened with the strategies that are chosen for it."""
+    children = start(opening)
+    try:
+        opened = children.open()
+        choice = chosen_strategies(opening.settings, opened, estimate)
+        if choice.settings != opening.settings:
+            children.kill()
+            children = start(replace(opening, settings=choice.settings))
+            opened = children.open()
+    except BaseException:
+        children.kill()
+        raise
+    return children, opened, choice
+
+
+def chosen_strategies(settings: TrialSettings, opened: Opened, estimate: Estimate) -> StrategyChoice:
+    """Return a trial's settings with what `memory.strategy: auto` chose, or as they are without it."""
+    limit = microbatch_limit(settings, opened)
+    if settings.strategy != "auto" or limit is None:
+        return StrategyChoice(settings)
+    return choose_strategies(settings, limit, opened.budget_bytes, estimate)
+
+
+def describe_plan(choice: StrategyChoice, opened: Opened, limit: int | None) -> Planned:
     """Return the batch plan that training gets, as an event.
 
     Raises InexactBatchError where its gradients cannot equal the whole batch's though they are to.
     """
-    effective, warnings = settings.effective_batch_size, []
+    settings = choice.settings
+    effective, warnings = settings.effective_batch_size, list[str]()
     if (
         effective is not None
         and opened.num_train_samples is not None
@@ -119,6 +181,7 @@ def describe_plan(settings: TrialSettings, opened: Opened, limit: int | None) ->
         accumulation_steps=None if plan is None else plan.accumulation_steps,
         num_workers=settings.num_workers,
         warning="; ".join(filter(None, warnings)),
+        strategy=choice.description,
     )
 
 

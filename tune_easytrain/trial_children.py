@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,7 +16,15 @@ from tune_easytrain.child_process import ChildProcess
 from tune_easytrain.errors import ChildDiedError, EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
-from tune_easytrain.protocol import AttemptReply, AttemptRequest, EstimateRequest, Opened, Opening
+from tune_easytrain.protocol import (
+    AttemptReply,
+    AttemptRequest,
+    EstimateRequest,
+    Opened,
+    Opening,
+    StoreOpened,
+    WorkerPlace,
+)
 
 
 class TrainingProcess(Protocol):
@@ -96,16 +104,28 @@ class TrialChildren:
         self._opening = replace(self._opening, budget_bytes=opened.budget_bytes)
         return opened
 
-    def attempt(self, microbatch_size: int, timeout_seconds: float) -> Attempt:
+    def attempt(
+        self,
+        microbatch_size: int,
+        timeout_seconds: float,
+        place: WorkerPlace | None = None,
+        tell_port: Callable[[int], None] = lambda port: None,
+    ) -> Attempt:
         """Try one size. A child that dies or does not answer in time is a failed attempt.
+
+        With `place` the children of several workers try it together; `tell_port` takes the port of the store
+        that the first one opens.
 
         Raises what the task's own code raised, with its type.
         """
         start = time.perf_counter()
         try:
             child = self._fresh_child()
-            child.send(AttemptRequest(microbatch_size))
+            child.send(AttemptRequest(microbatch_size, place))
             reply = child.receive(timeout_seconds)
+            if isinstance(reply, StoreOpened):
+                tell_port(reply.port)
+                reply = child.receive(timeout_seconds)
         except ChildDiedError as error:
             outcome, message = Outcome.DIED, str(error)
         except TimeoutError as error:

@@ -23,17 +23,19 @@ from tune_easytrain.child_process import (
 )
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.trial_space import SECTION_NAMES
 
 _MOST_PROCESSES = 8  # each holds torch and the traces of one model: about 1 GB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _WITHOUT_EFFECT = ("learning_rate", "lr", "batch_size")
-_SECTIONS = ("batch", "train")
 
 
 def estimate_trials(
     task_payload: bytes,
     configs: Sequence[dict[str, Any]],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    num_workers: int = 1,
 ) -> list[MemoryEstimate | EstimateError]:
     """Return the estimate of every trial on a GPU, or why there is none.
 
@@ -41,8 +43,9 @@ def estimate_trials(
 
     Args:
         task_payload: the pickled `build_task`.
-        configs: the trials' nested configs, `train` section included.
+        configs: the trials' nested configs, `train` and `memory` sections included.
         on_progress: takes the number of distinct trials done, and of all of them.
+        num_workers: workers that train each trial together.
 
     Raises:
         BadInputError: a task says that it was asked for something it does not have.
@@ -55,7 +58,10 @@ def estimate_trials(
     estimates: dict[str, MemoryEstimate | EstimateError] = {}
     try:
         with main_module_hidden():  # submitting starts the processes
-            futures = {pool.submit(_estimate, task_payload, config): key for key, config in distinct.items()}
+            futures = {
+                pool.submit(_estimate, task_payload, config, num_workers): key
+                for key, config in distinct.items()
+            }
         on_progress(0, len(distinct))
         for done, future in enumerate(as_completed(futures), start=1):
             estimates[futures[future]] = _result(future)
@@ -66,7 +72,7 @@ def estimate_trials(
 
 
 def estimate_with_bar(
-    task_payload: bytes, configs: Sequence[dict[str, Any]]
+    task_payload: bytes, configs: Sequence[dict[str, Any]], num_workers: int = 1
 ) -> list[MemoryEstimate | EstimateError]:
     """Return what `estimate_trials` does, and show on a terminal's standard error how far it is."""
     console = Console(stderr=True)
@@ -74,15 +80,20 @@ def estimate_with_bar(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None)
         return estimate_trials(
-            task_payload, configs, lambda done, total: progress.update(bar, completed=done, total=total)
+            task_payload,
+            configs,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            num_workers=num_workers,
         )
 
 
 def estimate_key(config: Mapping[str, Any]) -> str:
     """Return what of a trial's config its estimate may depend on: the same for trials of the same memory."""
-    train = config["train"]
-    own = {key: value for key, value in config.items() if key not in _SECTIONS}
-    return json.dumps([_relevant(own), train["precision"], train["clip_norm"] is None], default=repr)
+    train, memory = config["train"], config["memory"]
+    own = {key: value for key, value in config.items() if key not in SECTION_NAMES}
+    settings = [train["precision"], train["clip_norm"] is None]
+    strategies = [memory["checkpointing"], memory["channels_last"], memory["sharding"]]
+    return json.dumps([_relevant(own), settings, strategies], default=repr)
 
 
 def _relevant(value: Any) -> Any:
@@ -100,19 +111,25 @@ def _begin_worker() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
-def _estimate(task_payload: bytes, config: dict[str, Any]) -> MemoryEstimate | EstimateError:
+def _estimate(
+    task_payload: bytes, config: dict[str, Any], num_workers: int
+) -> MemoryEstimate | EstimateError:
     import torch
 
     from tune_easytrain.estimate import estimate_memory
 
     torch.set_num_threads(1)
-    train = config["train"]
+    train, memory = config["train"], config["memory"]
     try:
         return estimate_memory(
             cloudpickle.loads(task_payload),
             config,
             precision=train["precision"],
             clip_norm=train["clip_norm"],
+            checkpointing=memory["checkpointing"],
+            channels_last=memory["channels_last"],
+            sharding=memory["sharding"],
+            num_workers=num_workers,
         )
     except EstimateError as error:
         return error

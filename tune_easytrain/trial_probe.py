@@ -13,13 +13,14 @@ from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, EstimateError, TaskError
 from tune_easytrain.events import Event, Planned, Probed
 from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.memory_ladder import StrategyChoice
 from tune_easytrain.memory_plan import example_configs
 from tune_easytrain.microbatch_search import find_limit, microbatch_limit
 from tune_easytrain.probe import Attempt, describe_attempt
-from tune_easytrain.protocol import Opening
+from tune_easytrain.protocol import Opened, Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
-from tune_easytrain.trial import describe_plan
+from tune_easytrain.trial import describe_plan, open_trial
 from tune_easytrain.trial_children import TrialChildren
 
 
@@ -114,6 +115,8 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
         configs[number], metric=config.run.metric, mode=config.run.mode, num_workers=config.trial.num_workers
     )
     settings = replace(settings, probe="auto")
+    if settings.sharding == "full":  # one worker alone cannot try a part of a model
+        settings = replace(settings, sharding="none")
     resources = config.trial.resources
     with tempfile.TemporaryDirectory(prefix="tune_easytrain_") as scratch_dir:
         opening = Opening(
@@ -127,21 +130,34 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
             scratch_dir=scratch_dir,
             is_shared=False,
         )
-        children = TrialChildren(opening, slow_modules_in_use())
+        preloaded = slow_modules_in_use()
+        children, opened, choice = open_trial(
+            opening,
+            lambda opening: TrialChildren(opening, preloaded),
+            lambda settings: TrialChildren(replace(opening, settings=settings), preloaded).estimate(),
+        )
         try:
-            return _probe(children, opening, number, say)
+            return _probe(children, opened, choice, opening, number, say)
         finally:
             children.kill()
 
 
-def _probe(children: TrialChildren, opening: Opening, number: int, say: Callable[[str], None]) -> TrialProbe:
-    settings, events = opening.settings, list[Event]()
-    opened = children.open()
+def _probe(
+    children: TrialChildren,
+    opened: Opened,
+    choice: StrategyChoice,
+    opening: Opening,
+    number: int,
+    say: Callable[[str], None],
+) -> TrialProbe:
+    settings, events = choice.settings, list[Event]()
     limit = microbatch_limit(settings, opened)
     if limit is None:
         raise BadInputError(f"--trial {number}: it has no batch size, so there is no limit to probe up to")
     say(f"On {opened.device_name}, budget {format_bytes(opened.budget_bytes)}, up to {limit} samples.")
-    estimate = children.estimate()
+    if choice.description:
+        say(f"{choice.description}.")
+    estimate = choice.estimate or children.estimate()
 
     def attempt(microbatch_size: int) -> Attempt:
         done = children.attempt(microbatch_size, settings.probe_timeout_seconds)
@@ -150,5 +166,5 @@ def _probe(children: TrialChildren, opening: Opening, number: int, say: Callable
 
     found = find_limit(attempt, settings, opened, events.append, estimate=lambda: estimate)
     (probed,) = (event for event in events if isinstance(event, Probed))
-    planned = describe_plan(settings, opened, found)
+    planned = describe_plan(choice, opened, found)
     return TrialProbe(config=opening.config, planned=planned, probed=probed, estimate=estimate)

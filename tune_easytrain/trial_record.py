@@ -29,6 +29,8 @@ PROGRESS_KEYS = (
     "gradient_noise_scale",
     "samples_per_second",
     "data_wait_share",
+    "tokens_per_second",
+    "padding_share",
     "epoch_seconds",
 )
 """Reported values that have columns of their own; all others are metrics."""

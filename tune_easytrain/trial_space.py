@@ -10,7 +10,7 @@ from typing import Any
 POINT_KEY = "point"
 """The name under which Ray hands a trial its grid point; every other name Ray gives is a sampled key."""
 
-SECTION_NAMES = ("batch", "train")
+SECTION_NAMES = ("batch", "train", "memory")
 """The sections of a sweep file that a grid may override and that every trial's config holds."""
 
 
@@ -19,8 +19,8 @@ class TrialSpace:
     """The part of a sweep that is the same for all trials; it is pickled to the workers.
 
     `keys` are the dotted grid keys in the order of a point's values, `constants` the user's `config`,
-    `sections` the sweep's `batch` and `train` as plain dicts. `numbered` holds, by the names under which Ray
-    gives them, what a trial gets as a number: the place of its value among these.
+    `sections` the sweep's `batch`, `train` and `memory` as plain dicts. `numbered` holds, by the names under
+    which Ray gives them, what a trial gets as a number: the place of its value among these.
     """
 
     keys: tuple[str, ...]

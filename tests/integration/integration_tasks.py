@@ -83,7 +83,7 @@ def build_exact_task(config: dict[str, Any]) -> Task:
     """A net in float64 without anything random; `toy` says what happens to the process that reads a sample.
 
     `toy.sample` is that sample's number; in training, once per file `toy.marker`, the process is killed, or
-    its memory runs out.
+    its memory runs out, when it is read for the `toy.visit`th time (default: the first).
     """
     toy = config.get("toy", {})
 
@@ -111,6 +111,11 @@ def build_exact_task(config: dict[str, Any]) -> Task:
 
 
 def _happen_once(toy: dict[str, Any]) -> None:
+    visits = Path(f"{toy['marker']}_visits")
+    with visits.open("a") as file:
+        file.write("read\n")
+    if len(visits.read_text().splitlines()) < toy.get("visit", 1):
+        return
     try:
         Path(toy["marker"]).touch(exist_ok=False)
     except FileExistsError:

@@ -105,8 +105,14 @@ def estimate_task(
     gc.disable()  # a collection would free what a model holds in cycles at another moment in each trace
     try:
         with kept_random_state(), _told_as_no_estimate():
-            tracer = _Tracer(with_known_worst_case(task), precision, device, clip_norm)
-            tracer.share_out(sharding, num_workers)
+            tracer = _Tracer(
+                with_known_worst_case(task),
+                precision=precision,
+                device=device,
+                clip_norm=clip_norm,
+                sharding=sharding,
+                num_workers=num_workers,
+            )
             return tracer.estimate()
     finally:
         if collects_garbage:
@@ -119,9 +125,12 @@ class _Tracer:
     def __init__(
         self,
         task: Task,
+        *,
         precision: Precision,
         device: Literal["cuda", "cpu"],
         clip_norm: float | None,
+        sharding: Sharding,
+        num_workers: int,
     ) -> None:
         self._task = task
         self._dtype = AUTOCAST_DTYPES[precision]
@@ -131,10 +140,6 @@ class _Tracer:
         self._recorder = MemoryRecorder(cuda_scratch)
         self._fixed_bytes = FIXED_BYTES if device == "cuda" else 0
         self._missing: dict[str, str] = {}
-        self.share_out("none", 1)
-
-    def share_out(self, sharding: Sharding, num_workers: int) -> None:
-        """Trace from now on what one of several workers does."""
         self._sharding, self._num_workers = sharding, num_workers
         self._sharded: ShardTrace | None = None
 

@@ -20,6 +20,7 @@ from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.data_wait import DataWait
 from tune_easytrain.length_batches import EpochSamples, SampleLengths
 from tune_easytrain.random_state import sample_seed
+from tune_easytrain.shared_batches import SharedBatches
 from tune_easytrain.task import Batch, Task
 
 _ORDER = -1
@@ -73,7 +74,8 @@ class EpochLoader:
     thread that read ahead would seed the generators from which the model draws meanwhile. Loader
     processes read ahead while the device computes, at most two micro-batches each, and stay for the
     epochs that follow, since what a sample is depends on its key alone. So host memory holds the
-    micro-batch at hand and those two for each process, whatever the effective batch size.
+    micro-batch at hand and those two for each process, whatever the effective batch size, and is used again
+    for those that follow.
 
     For CUDA the batches lie in pinned memory, and are copied when they are asked for, without waiting for
     the copy. None is copied ahead: the device never holds two of them, which the probe has not tried.
@@ -145,7 +147,7 @@ class EpochLoader:
         return self._new_loader() if loader is None else loader
 
     def _new_loader(self) -> DataLoader[Any]:
-        has_workers = self._num_workers > 0
+        has_workers, collate = self._num_workers > 0, self._task.collate
         return DataLoader(
             self._samples,
             batch_sampler=_KeysToRead(),
@@ -154,7 +156,7 @@ class EpochLoader:
             persistent_workers=has_workers,
             # What a task is made of need not be picklable, as other ways to start a process demand.
             multiprocessing_context="fork" if has_workers else None,
-            collate_fn=self._task.collate,
+            collate_fn=SharedBatches(collate, self._num_workers) if has_workers else collate,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=prepare_loader_process if has_workers else None,
             generator=torch.Generator(),  # of its own: the global one is the model's

@@ -54,8 +54,19 @@ def run_attempt(
     retries_before = memory.num_retries()
     start = time.perf_counter()
     failure, outcome = "", Outcome.FITS
-    exercise = _Exercise(task, microbatch_size, device, memory, precision, clip_norm, is_compiled)
-    exercise.share_out(sharding, rank, num_workers, ranks)
+    exercise = _Exercise(
+        task,
+        microbatch_size,
+        device=device,
+        memory=memory,
+        precision=precision,
+        clip_norm=clip_norm,
+        is_compiled=is_compiled,
+        sharding=sharding,
+        rank=rank,
+        num_workers=num_workers,
+        ranks=RankGroup() if ranks is None else ranks,
+    )
     try:
         with kept_random_state():
             exercise.run()
@@ -86,24 +97,24 @@ class _Exercise:
         self,
         task: Task,
         microbatch_size: int,
+        *,
         device: torch.device,
         memory: DeviceMemory,
         precision: Precision,
         clip_norm: float | None,
         is_compiled: bool,
+        sharding: Sharding,
+        rank: int,
+        num_workers: int,
+        ranks: RankGroup,
     ) -> None:
         self._task, self._microbatch_size, self._memory = task, microbatch_size, memory
         self._device, self._precision, self._clip_norm = device, precision, clip_norm
         self._is_compiled = is_compiled
-        self._sharding: Sharding = "none"
-        self._rank, self._num_workers, self._ranks = 0, 1, RankGroup()
+        self._sharding: Sharding = sharding
+        self._rank, self._num_workers, self._ranks = rank, num_workers, ranks
         self.sizes_run: list[int] = []
         self.training_peak_bytes = 0
-
-    def share_out(self, sharding: Sharding, rank: int, num_workers: int, ranks: RankGroup | None) -> None:
-        """Do from now on what one of several workers does, together with them where there are `ranks`."""
-        self._sharding, self._rank, self._num_workers = sharding, rank, num_workers
-        self._ranks = RankGroup() if ranks is None else ranks
 
     def run(self) -> None:
         """Train, evaluate and generate; raises whatever goes wrong."""

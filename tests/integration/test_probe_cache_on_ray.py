@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 from integration_tasks import build_task_that_hangs_once
+from ray.exceptions import RayActorError
 
 import tune_easytrain as te
 from tune_easytrain.probe_cache import KnownSizes, ProbeEvidence, ProbeQuestion
@@ -92,6 +93,14 @@ def test_a_resumed_sweep_knows_what_it_had_measured(hungry_sweep):
     assert frame["probe_attempts"][1] == 1
 
 
+def is_there(actor: Any) -> bool:
+    try:
+        ray.get(actor.__ray_ready__.remote())
+    except RayActorError:
+        return False
+    return True
+
+
 def test_trials_wait_for_each_other_and_do_without_a_cache_that_is_gone():
     actor = start_probe_cache([])
     question = ProbeQuestion(signature="s", budget_bytes=100, limit=8)
@@ -105,6 +114,8 @@ def test_trials_wait_for_each_other_and_do_without_a_cache_that_is_gone():
         first.release()
         assert waiting.result(PATIENCE_SECONDS).proposal == 4
     ray.kill(actor)
+    while is_there(actor):  # killing takes its time, and until then the actor answers
+        time.sleep(0.05)
     assert second.acquire(question) == KnownSizes()
     second.publish(ProbeEvidence(signature="s", budget_bytes=100, fitting=(4,)))
     second.release()

@@ -183,8 +183,3 @@ def run_loop(
         )
         train(config, context)
     return clock, weights
-
-
-def device_name(device: torch.device) -> str:
-    """Return what the device is called."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -14,9 +14,7 @@ Every row tells the estimated and the measured peak. On a CPU one small case sho
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table_rows import keep_row, make_parser
 from torch import Tensor, nn
 
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.child_process import forkserver_context
+from tune_easytrain.device_session import device_name
 from tune_easytrain.estimate import estimate_task
 from tune_easytrain.memory import device_memory
 from tune_easytrain.memory_budget import BudgetRequest, probed_bytes
@@ -109,9 +109,9 @@ def estimate(case: Case, device_type: Any) -> MemoryEstimate:
     return estimate_task(case.task(), precision=case.precision, device=device_type)
 
 
-def measure(rows: Sequence[tuple[Case, MemoryEstimate]], device_name: str) -> list[dict[str, Any]]:
+def measure(rows: Sequence[tuple[Case, MemoryEstimate]], device_type: str) -> list[dict[str, Any]]:
     """Return the rows of one model, each measured after the one before has left the device."""
-    device = torch.device(device_name)
+    device = torch.device(device_type)
     memory = device_memory(device)
     budget_bytes = memory.budget_bytes(
         BudgetRequest(memory_fraction=0.9, device_share=1.0, memory_budget_bytes=None)
@@ -147,7 +147,7 @@ def _row(
         "estimated_peak_bytes": estimated.peak_bytes(size),
         "peak_bytes": peak,
         "flops_per_sample": estimated.flops_per_sample,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "torch": torch.__version__,
     }
 
@@ -196,12 +196,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print the table, write JSON lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="these alone")
-    parser.add_argument("--json", type=Path, help="append a line per row here")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     todo = list(cases(device, arguments.models))
@@ -217,9 +213,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, context) as pool:  # a process, and with it a CUDA context, per model
             for row in pool.submit(measure, rows, arguments.device).result():
                 print_row(row)
-                if arguments.json is not None:
-                    with arguments.json.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                keep_row(row, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,17 @@ one's. On a CPU the clips are small and the figures mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from resident_clips import Case, StepClock, device_name, resident_task, run_loop
+from resident_clips import Case, StepClock, resident_task, run_loop
+from table_rows import keep_row, make_parser
 from torch.utils.data import DataLoader
 
+from tune_easytrain.device_session import device_name
 from tune_easytrain.memory import device_memory
 
 NUM_WARMUP_STEPS = 3
@@ -121,13 +120,9 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print the table, write JSON lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", help="these alone")
-    parser.add_argument("--json", type=Path, help="append a line per row here")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     device_memory(device)  # sets the allocator up, for both loops alike
@@ -140,9 +135,7 @@ def main() -> None:
             continue
         row = measure(case, num_timed, arguments.rounds, device)
         print_row(row)
-        if arguments.json is not None:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        keep_row(row, arguments.json)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,19 @@ first steps; one worker and two take turns. On a CPU the clips are small and the
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from resident_clips import Case, StepClock, device_name, run_loop, video_task
+from resident_clips import Case, StepClock, run_loop, video_task
+from table_rows import keep_row, make_parser
 from torch import Tensor, multiprocessing
 
+from tune_easytrain.device_session import device_name
 from tune_easytrain.protocol import WorkerPlace
 from tune_easytrain.random_state import seed_everything
 from tune_easytrain.rank_group import RankGroup
@@ -195,12 +194,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print the table, write JSON lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="append a line per row here")
     arguments = parser.parse_args()
     is_cpu = arguments.device == "cpu"
     machine = {"device": device_name(torch.device(arguments.device)), "torch": torch.__version__}
@@ -208,9 +203,7 @@ def main() -> None:
 
     def keep(row: dict[str, Any]) -> None:
         print_row(row)
-        if arguments.json is not None:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps({**row, **machine}) + "\n")
+        keep_row({**row, **machine}, arguments.json)
 
     for num_steps in NUM_COMPARED_STEPS:
         keep(compare(workers, SMOKE_COMPARED_CASE if is_cpu else COMPARED_CASE, num_steps))

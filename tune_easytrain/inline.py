@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tune_easytrain.config import SweepConfig
@@ -88,7 +89,7 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: Prob
             opened,
             emit,
             cache,
-            lambda: estimate(opening),
+            partial(choice.estimate_or, partial(estimate, opening)),
         )
         planned = describe_plan(choice, opened, limit)
         emit(planned)

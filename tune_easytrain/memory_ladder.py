@@ -27,6 +27,12 @@ class StrategyChoice:
     description: str = ""
     estimate: MemoryEstimate | EstimateError | None = None
 
+    def estimate_or(
+        self, work_out: Callable[[], MemoryEstimate | EstimateError]
+    ) -> MemoryEstimate | EstimateError:
+        """Return the estimate that the choice was made by, else what `work_out` gives."""
+        return work_out() if self.estimate is None else self.estimate
+
 
 def ladder(settings: TrialSettings) -> tuple[TrialSettings, ...]:
     """Return a trial's settings with more and more given up, the cheapest first, from as they are on.

@@ -74,12 +74,13 @@ def run_trial(
     def in_children(opening: Opening) -> TrialChildren:
         return TrialChildren(opening, spec.preloaded_modules)
 
+    start = in_children if processes is None else processes
     cache = LocalProbeCache() if cache is None else cache
     children: TrialProcesses | None = None
     try:
         children, opened, choice = open_trial(
             opening,
-            in_children if processes is None else processes,
+            start,
             lambda settings: in_children(replace(opening, settings=settings)).estimate(),
         )
         require_metric(spec.settings.metric, opened.metric_names)
@@ -90,7 +91,7 @@ def run_trial(
             opened,
             emit,
             cache,
-            children.estimate,
+            partial(choice.estimate_or, children.estimate),
         )
         planned = describe_plan(choice, opened, limit)
         emit(planned)
@@ -107,7 +108,7 @@ def run_trial(
             limit = restarts.smaller(failed)
             planned = describe_plan(choice, opened, limit)
             take(describe_restart(planned, failed, limit))
-            children = (in_children if processes is None else processes)(
+            children = start(
                 replace(
                     opening,
                     settings=choice.settings,

@@ -157,7 +157,7 @@ def _probe(
     say(f"On {opened.device_name}, budget {format_bytes(opened.budget_bytes)}, up to {limit} samples.")
     if choice.description:
         say(f"{choice.description}.")
-    estimate = choice.estimate or children.estimate()
+    estimate = choice.estimate_or(children.estimate)
 
     def attempt(microbatch_size: int) -> Attempt:
         done = children.attempt(microbatch_size, settings.probe_timeout_seconds)

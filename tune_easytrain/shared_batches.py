@@ -121,9 +121,9 @@ class _Pool:
             new_shared: Any = torch.UntypedStorage._new_shared
             self._buffers[number] = new_shared(num_bytes)
         self._free.discard(number)
-        empty = torch.empty(0, dtype=dtype)
-        strides = torch.empty(tuple(shape), device="meta").stride()
-        return empty.set_(self._buffers[number], 0, tuple(shape), strides)
+        empty: Any = torch.empty(0, dtype=dtype)
+        tensor: Tensor = empty.set_(self._buffers[number], 0, tuple(shape))
+        return tensor
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return the tensor in a buffer; small ones, and such as cannot be there, as they are."""

@@ -21,7 +21,8 @@ from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
 from tune_easytrain.trial import TrialSpec, run_trial
 from tune_easytrain.trial_space import TrialSpace
-from tune_easytrain.workers import WorkerActors, WorkerProcesses
+from tune_easytrain.worker_actor import WorkerActors
+from tune_easytrain.workers import WorkerProcesses
 
 _CHECKPOINT_NAME = "checkpoint.pt"
 _WRITER_NAME = "written_by"

@@ -46,13 +46,14 @@ def lone_script(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def demo_data(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = importlib.util.spec_from_file_location("make_demo_data", EXAMPLES / "make_demo_data.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.make_demo_data(tmp_path / "data")
-    return tmp_path / "data"
+    folder = tmp_path_factory.mktemp("clips") / "data"
+    module.make_demo_data(folder)
+    return folder
 
 
 def test_the_script_alone_trains_on_real_clips(lone_script, demo_data, tmp_path):

@@ -38,19 +38,29 @@ def hungry_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_three_models_with_ten_learning_rates_are_three_searches(hungry_sweep):
+def test_each_model_is_searched_once_also_by_a_resumed_sweep(hungry_sweep):
+    models, num_rates = [4 * MIB, 6 * MIB, 8 * MIB], 4
     hungry_sweep["grid_search"]["grid"] = {
-        "model.bytes_per_sample": [4 * MIB, 6 * MIB, 8 * MIB],
-        "hp.learning_rate": [10.0**-exponent for exponent in range(10)],
+        "model.bytes_per_sample": models,
+        "hp.learning_rate": [10.0**-exponent for exponent in range(num_rates)],
     }
     results = te.run(hungry_sweep, quiet=True)
     frame = results.frame()
-    assert list(frame["state"]) == ["finished"] * 30, list(frame["error"])
+    assert list(frame["state"]) == ["finished"] * len(models) * num_rates, list(frame["error"])
     searches = frame[~frame["probe_cached"]]
-    assert sorted(searches["model.bytes_per_sample"]) == [4 * MIB, 6 * MIB, 8 * MIB]
+    assert sorted(searches["model.bytes_per_sample"]) == models
     assert (frame["probe_attempts"][frame["probe_cached"]] == 1).all()
     assert (frame.groupby("model.bytes_per_sample")["microbatch_size"].nunique() == 1).all()
     assert (frame["microbatch_size"] < 8).all()
+
+    # As if the driver had been killed before the last trial began and before Ray saved anything:
+    last = results.run_dir / "trials" / f"{frame['trial_id'].iloc[-1]}.jsonl"
+    last.write_text(last.read_text().splitlines()[0] + "\n")
+    (results.run_dir / "ray").rename(results.run_dir / "ray_lost")
+    again = te.resume(results.run_dir, quiet=True).frame()
+    assert list(again["microbatch_size"]) == list(frame["microbatch_size"])
+    assert again["probe_cached"].iloc[-1]
+    assert again["probe_attempts"].iloc[-1] == 1
 
 
 def test_the_next_trial_searches_when_the_one_that_searched_is_killed(hungry_sweep, tmp_path):
@@ -76,21 +86,6 @@ def test_the_next_trial_searches_when_the_one_that_searched_is_killed(hungry_swe
     (survivor,) = frame[frame["state"] == "finished"].to_dict("records")
     assert not survivor["probe_cached"]
     assert survivor["microbatch_size"] == 8
-
-
-def test_a_resumed_sweep_knows_what_it_had_measured(hungry_sweep):
-    hungry_sweep["run"]["max_concurrent"] = 1
-    results = te.run(hungry_sweep, quiet=True)
-    found = list(results.frame()["microbatch_size"])
-    assert list(results.frame()["probe_cached"]) == [False, True]
-    # As if the driver had been killed before the second trial began and before Ray saved anything:
-    second = results.run_dir / "trials" / "trial_00001.jsonl"
-    second.write_text(second.read_text().splitlines()[0] + "\n")
-    (results.run_dir / "ray").rename(results.run_dir / "ray_lost")
-    frame = te.resume(results.run_dir, quiet=True).frame()
-    assert list(frame["microbatch_size"]) == found
-    assert list(frame["probe_cached"]) == [False, True]
-    assert frame["probe_attempts"][1] == 1
 
 
 def is_there(actor: Any) -> bool:

@@ -7,11 +7,13 @@ The clips of that Debian source package are UCF101's own, XviD of 320 x 240. A l
 an epoch of them through `EpochLoader` with `--num-processes` loader processes, which have read an epoch
 before. As many processes with nothing between them and the same clips say what can be had: `decode_clip`
 alone, or the data set with a model's transform. Both sides take turns; the figures are medians over rounds.
+With `--decoders pyav torchcodec` every row is measured with each (docs/tasks.md tells what torchcodec needs).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -29,9 +31,9 @@ from torch import nn
 from torchvision.transforms._presets import VideoClassification
 
 import tune_easytrain as te
+from tune_easytrain import torchcodec_decoder, video
 from tune_easytrain.loader import EpochLoader, epoch_order, prepare_loader_process
-from tune_easytrain.video import decode_clip
-from tune_easytrain.video_clips import VideoClips
+from tune_easytrain.video_clips import DECODERS, VideoClips
 
 NUM_FRAMES = 16
 EFFECTIVE_BATCH_SIZE, MICROBATCH_SIZE = 64, 8
@@ -100,12 +102,15 @@ def read_epoch(loader: EpochLoader) -> tuple[float, float]:
 
 
 def measure(
-    files: Sequence[Path], sampling: str, transform: str, arguments: argparse.Namespace
+    files: Sequence[Path], sampling: str, transform: str, decoder: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Return one row: both sides' clips per second, and the median of the rounds' ratios."""
     num_clips, num_processes = arguments.num_clips, arguments.num_processes
     samples: list[tuple[str | Path, int]] = [(files[i % len(files)], 0) for i in range(num_clips)]
-    clips = VideoClips(samples, TRANSFORMS[transform], num_frames=NUM_FRAMES, sampling=sampling)
+    clips = VideoClips(
+        samples, TRANSFORMS[transform], num_frames=NUM_FRAMES, sampling=sampling, decoder=decoder
+    )
+    decode_clip = torchcodec_decoder.decode_clip if decoder == "torchcodec" else video.decode_clip
 
     def decode(index: int) -> Any:
         return decode_clip(samples[index][0], NUM_FRAMES, sampling)
@@ -123,6 +128,7 @@ def measure(
     return {
         "sampling": sampling,
         "transform": transform,
+        "decoder": decoder,
         "alone_clips_per_second": round(statistics.median(alone), 1),
         "in_loop_clips_per_second": round(statistics.median(in_loop), 1),
         "share": round(statistics.median(map(truediv, in_loop, alone)), 3),
@@ -140,22 +146,28 @@ def main() -> None:
     parser.add_argument("--num-processes", type=int, default=2)
     parser.add_argument("--num-clips", type=int, default=640, help="clips of one epoch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=["pyav"])
     parser.add_argument("--json", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     rows = [
-        measure(arguments.clips, sampling, transform, arguments)
+        measure(arguments.clips, sampling, transform, decoder, arguments)
         for transform in TRANSFORMS
         for sampling in ("uniform", "consecutive")
+        for decoder in arguments.decoders
     ]
-    print(f"{'sampling':12} {'transform':10} {'alone (clips/s)':>16} {'in the loop':>12} {'share':>7}")
+    names = f"{'sampling':12} {'transform':10} {'decoder':11}"
+    print(f"{names} {'alone (clips/s)':>16} {'in the loop':>12} {'share':>7}")
     for row in rows:
         print(
-            f"{row['sampling']:12} {row['transform']:10} {row['alone_clips_per_second']:16.1f} "
+            f"{row['sampling']:12} {row['transform']:10} {row['decoder']:11} "
+            f"{row['alone_clips_per_second']:16.1f} "
             f"{row['in_loop_clips_per_second']:12.1f} {row['share']:7.1%}"
         )
     if arguments.json is not None:
         machine = {"num_cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
         versions = {"av": av.__version__, "torch": torch.__version__}
+        if "torchcodec" in arguments.decoders:
+            versions["torchcodec"] = importlib.metadata.version("torchcodec")
         setup = {
             "clips": sorted(file.name for file in arguments.clips),
             "num_processes": arguments.num_processes,

@@ -26,16 +26,20 @@ FORMATS = {
 }
 
 
-def write_video(path, codec, num_b_frames=0, num_frames=NUM_FRAMES):
+def write_video(
+    path, codec, num_b_frames=0, num_frames=NUM_FRAMES, *, gop=12, pixels="yuv420p", size=(64, 48)
+):
     """A still, noisy scene (so that keyframes come by `gop_size` only) that brightens by 4 a frame."""
-    noise = np.random.default_rng(0).integers(0, 16, (48, 64, 1))
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 16, (height, width, 1))
+    pixels = "yuvj420p" if codec == "mjpeg" else pixels
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, pixels, 2_000_000
         stream.codec_context.thread_count = 1
-        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 12, num_b_frames
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, num_b_frames
         for number in range(num_frames):
-            picture = np.broadcast_to(noise + number * 4, (48, 64, 3)).astype(np.uint8)
+            picture = np.broadcast_to(noise + number * 4, (height, width, 3)).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path

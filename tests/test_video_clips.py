@@ -64,6 +64,11 @@ def test_training_starts_consecutive_clips_at_random_and_validation_in_the_middl
     assert torch.equal(VideoClips(samples, to_float, **options)[0][0], to_float(middle))
 
 
+def test_an_unknown_decoder(samples):
+    with pytest.raises(UnknownNameError, match=r"data\.decoder: .*did you mean 'pyav'"):
+        VideoClips(samples, to_float, num_frames=2, decoder="pyva")
+
+
 def test_missing_and_truncated_files_are_dropped_on_opening(samples, tmp_path, content):
     (tmp_path / "clip1.avi").unlink()
     (tmp_path / "clip2.avi").write_bytes(content[:-500])

@@ -77,7 +77,8 @@ class VideoFile:
             # Metadata that is not UTF-8 must not keep a video from being opened.
             self._container = import_av().open(self.path, metadata_errors="ignore")
         try:
-            self._open_stream()
+            with _faults_name_the_file(self.path):
+                self._open_stream()
         except BaseException:
             self._container.close()
             raise
@@ -98,11 +99,14 @@ class VideoFile:
         # display, and only counting from the start is exact.
         self._is_timed = self._container.format.name != "avi" or not stream.codec_context.has_b_frames
         self._first_pts: int | None = None
+        self._reorder_ticks = 0
         self._decoder = self._decode()
-        first = self._next()
+        first = next(self._decoder, None)
         if first is None:
             raise CorruptVideoError(self.path, "not one frame can be decoded")
         self._position, self._frame = first
+        if len(stream.index_entries):
+            self._reorder_ticks = self._pts(0) - stream.index_entries[0].timestamp
         self._previous = -1  # the number of the frame before the current one
         self.num_frames = self._claimed_frames(rate) or self._count_frames()
 
@@ -137,11 +141,17 @@ class VideoFile:
         uint8 RGB, shape (T, C, H, W). Raises `CorruptVideoError`.
         """
         wanted = [min(max(index, 0), self.num_frames - 1) for index in indices]
-        pictures: dict[int, Tensor] = {}
-        for index in sorted(set(wanted)):
-            self._advance(index)
-            pictures[index] = self._picture()
-        return torch.stack([pictures[index] for index in wanted]).permute(0, 3, 1, 2)
+        clip = torch.empty(len(wanted), self._stream.height, self._stream.width, 3, dtype=torch.uint8)
+        place_of: dict[int, int] = {}
+        with _faults_name_the_file(self.path):
+            for place in sorted(range(len(wanted)), key=wanted.__getitem__):
+                first = place_of.setdefault(wanted[place], place)
+                if first == place:
+                    self._advance(wanted[place])
+                    clip[place] = self._picture()
+                else:
+                    clip[place] = clip[first]
+        return clip.permute(0, 3, 1, 2)
 
     def _picture(self) -> Tensor:
         size = {"width": self._stream.width, "height": self._stream.height}
@@ -151,7 +161,8 @@ class VideoFile:
     def _advance(self, index: int) -> None:
         """Make frame `index`, or the last one before the file ends, the current frame."""
         keyframe = self._keyframe_before(self._pts(index))
-        is_nearer = keyframe is not None and self._frame_number(keyframe[1]) > self._position
+        # The frame that comes next needs no jump, which costs what the decoder has read ahead.
+        is_nearer = keyframe is not None and self._frame_number(keyframe[1]) > self._position + 1
         if index <= self._previous or is_nearer:
             self._jump(index)
         while self._position < index:
@@ -161,7 +172,7 @@ class VideoFile:
 
     def _step(self) -> bool:
         """Decode the next frame; False at the end of the file, where the last one stays the current."""
-        following = self._next()
+        following = next(self._decoder, None)
         if following is None:
             return False
         self._previous = self._position
@@ -189,16 +200,11 @@ class VideoFile:
         self._previous = self._position - 1
 
     def _land(self, timestamp: int, *, at_start: bool = False) -> tuple[int, Any] | None:
-        with _faults_name_the_file(self.path):
-            self._container.seek(timestamp, stream=self._stream, backward=True)
+        self._container.seek(timestamp, stream=self._stream, backward=True)
         self._decoder = self._decode()
         if at_start:
             self._first_pts = None
-        return self._next()
-
-    def _next(self) -> tuple[int, Any] | None:
-        with _faults_name_the_file(self.path):
-            return next(self._decoder, None)
+        return next(self._decoder, None)
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
         """Yield (frame number, frame) from where the container stands, in the order of display."""
@@ -214,16 +220,21 @@ class VideoFile:
         return int((self._first_pts or 0) + round(index * self._ticks_per_frame))
 
     def _frame_number(self, pts: int) -> int:
-        number: int = round((pts - (self._first_pts or 0)) / self._ticks_per_frame)
+        ticks = self._ticks_per_frame  # a Fraction, whose own division is slow for every frame
+        number: int = round((pts - (self._first_pts or 0)) * ticks.denominator / ticks.numerator)
         return number
 
     def _keyframe_before(self, pts: int) -> tuple[int, int] | None:
-        """(place in the file's index, timestamp) of the last keyframe at or before `pts`, where known."""
+        """(place in the file's index, timestamp) of the last keyframe at or before `pts`, where known.
+
+        MP4's index has the time of decoding, while seeking goes by the time of display: given the former,
+        it ends one keyframe too early.
+        """
         entries = self._stream.index_entries
         if not self._is_timed or len(entries) < 2:  # a truncated AVI has lost its index
             return None
-        place = entries.search_timestamp(pts)
-        return None if place < 0 else (place, entries[place].timestamp)
+        place = entries.search_timestamp(pts - self._reorder_ticks)
+        return None if place < 0 else (place, entries[place].timestamp + self._reorder_ticks)
 
     def _keyframe_timestamp(self, place: int) -> int:
         entries = self._stream.index_entries

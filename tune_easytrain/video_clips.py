@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tune_easytrain import torchcodec_decoder, video
 from tune_easytrain.errors import DataError, UnknownNameError, did_you_mean
-from tune_easytrain.video import CorruptVideoError, VideoFile, decode_clip, sample_indices
+from tune_easytrain.video import CorruptVideoError, VideoFile, sample_indices
+
+DECODERS = ("pyav", "torchcodec")
+"""What decodes clips; see `torchcodec_decoder` for what the second one is."""
 
 _UCF101_DOWNLOAD = (
     "download UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip from "
@@ -32,7 +36,8 @@ class VideoClips(Dataset[tuple[Any, int]]):
 
     `samples` are (path, label) pairs; the transform takes a uint8 clip of shape (T, C, H, W) and gives
     what the model takes, for torchvision's models float of shape (C, T, H, W). In training
-    (`train=True`) consecutive clips start at random.
+    (`train=True`) consecutive clips start at random. `decoder` is one of `DECODERS`; `DataError` where it
+    cannot be loaded.
 
     Broken files are skipped and counted. Those that `find_damage` sees are dropped when the data set is
     opened. One that turns out broken only when it is decoded is replaced by the next readable sample of
@@ -51,13 +56,18 @@ class VideoClips(Dataset[tuple[Any, int]]):
         stride: int = 1,
         train: bool = False,
         max_corrupt_share: float = 0.01,
+        decoder: str = "pyav",
     ) -> None:
+        if decoder not in DECODERS:
+            raise UnknownNameError("data.decoder", decoder, DECODERS)
+        if decoder == "torchcodec":
+            torchcodec_decoder.load_torchcodec()
         sample_indices(1, num_frames, sampling, stride=stride)  # refuses wrong values now, not in a worker
         if not samples:
             raise DataError("the list of videos is empty; check the split's list file")
         self._transform = transform
         self._num_frames, self._sampling, self._stride = num_frames, sampling, stride
-        self._train = train
+        self._train, self._decoder = train, decoder
         self._max_corrupt_share = max_corrupt_share
         damage = [find_damage(path) for path, _ in samples]
         self._dropped = [f"{path}: {why}" for (path, _), why in zip(samples, damage, strict=True) if why]
@@ -110,9 +120,8 @@ class VideoClips(Dataset[tuple[Any, int]]):
         yield from members[:place]
 
     def _decode(self, path: str) -> Tensor:
-        return decode_clip(
-            path, self._num_frames, self._sampling, stride=self._stride, random_start=self._train
-        )
+        decode = torchcodec_decoder.decode_clip if self._decoder == "torchcodec" else video.decode_clip
+        return decode(path, self._num_frames, self._sampling, stride=self._stride, random_start=self._train)
 
     def _skip(self, index: int, error: CorruptVideoError) -> None:
         self._is_broken[index] = True

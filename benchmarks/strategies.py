@@ -8,6 +8,7 @@ The nine video models at their published input, Adam, 101 classes:
 - `speed`: fp32, bf16, and bf16 with channels last: the largest micro-batch, found as a trial finds it, and
   the samples per second of the forward and backward passes that training would use for E = 512.
 - `checkpointing`: no blocks, half of them, all of them, at one micro-batch for all three.
+- `compile`: two of them in bf16 with channels last, as they are and compiled, at one micro-batch for both.
 
 Every row tells the estimated and the measured peak. On a CPU one small case shows that it runs.
 """
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.child_process import forkserver_context
+from tune_easytrain.compiled_model import CompiledModel
 from tune_easytrain.device_session import device_name
 from tune_easytrain.estimate import estimate_task
 from tune_easytrain.memory import device_memory
@@ -48,6 +50,9 @@ import ucf101
 
 EFFECTIVE_BATCH_SIZE = 512
 LIMIT = 1024
+PARTS = ("speed", "checkpointing", "compile")
+COMPILED = {"r3d_18": 64, "swin3d_t": 16}
+"""The models that are compiled, with their micro-batches."""
 MODELS = (
     "r3d_18",
     "mc3_18",
@@ -70,6 +75,7 @@ class Case:
     precision: Any = "fp32"
     channels_last: bool = False
     checkpointing: str | float = "none"
+    compile: bool = False
     microbatch_size: int = 0
     clip: tuple[int, int] | None = None
 
@@ -94,6 +100,7 @@ def cases(device: torch.device, models: Sequence[str]) -> Iterator[Case]:
         yield Case("speed", "r3d_18", clip=(4, 16), microbatch_size=2)
         yield Case("speed", "r3d_18", "bf16", channels_last=True, clip=(4, 16), microbatch_size=2)
         yield Case("checkpointing", "r3d_18", checkpointing="blocks", clip=(4, 16), microbatch_size=2)
+        yield Case("compile", "r3d_18", compile=True, clip=(4, 16), microbatch_size=2)
         return
     for model in models:
         yield Case("speed", model)
@@ -101,6 +108,15 @@ def cases(device: torch.device, models: Sequence[str]) -> Iterator[Case]:
         yield Case("speed", model, "bf16", channels_last=True)
         for checkpointing in ("none", 0.5, "blocks"):
             yield Case("checkpointing", model, checkpointing=checkpointing, microbatch_size=8)
+        for is_compiled in (False, True) if model in COMPILED else ():
+            yield Case(
+                "compile",
+                model,
+                "bf16",
+                channels_last=True,
+                compile=is_compiled,
+                microbatch_size=COMPILED[model],
+            )
 
 
 def estimate(case: Case, device_type: Any) -> MemoryEstimate:
@@ -126,7 +142,14 @@ def _row(
     memory.cap(probed_bytes(budget_bytes))
 
     def attempt(size: int) -> Any:
-        return run_attempt(task, size, device=device, memory=memory, precision=case.precision)
+        return run_attempt(
+            task,
+            size,
+            device=device,
+            memory=memory,
+            precision=case.precision,
+            is_compiled=case.compile,
+        )
 
     limit = case.microbatch_size or LIMIT
     found = find_largest(attempt, SearchPlan(limit=limit, budget_bytes=budget_bytes, estimate=estimated))
@@ -155,6 +178,8 @@ def _row(
 def samples_per_second(task: Task, case: Case, size: int, device: torch.device) -> float:
     """Return the rate of forward and backward passes, after two to warm up."""
     model = task.model().to(device).train()
+    if case.compile:
+        CompiledModel(model)
     batch = worst_case_batch(task, size, device)
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
@@ -186,6 +211,8 @@ def print_row(row: dict[str, Any]) -> None:
     strategy = f"{row['precision']}{' channels last' if row['channels_last'] else ''}"
     if row["part"] == "checkpointing":
         strategy += f" checkpointing {row['checkpointing']}"
+    if row["compile"]:
+        strategy += " compiled"
     ratio = row["estimated_peak_bytes"] / row["peak_bytes"] if row["peak_bytes"] else float("nan")
     print(
         f"{row['model']:12} {strategy:28} {row['largest']:5} {row['tries']:5} {row['used']:5} "
@@ -198,9 +225,10 @@ def main() -> None:
     """Measure, print the table, write JSON lines."""
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="these alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="these alone")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    todo = list(cases(device, arguments.models))
+    todo = [case for case in cases(device, arguments.models) if case.part in arguments.parts]
     context = forkserver_context(("torchvision",))
     with ProcessPoolExecutor(8, context) as pool:
         estimates = list(pool.map(estimate, todo, [device.type] * len(todo)))

@@ -32,6 +32,7 @@ from tune_easytrain.protocol import WorkerPlace
 from tune_easytrain.random_state import seed_everything
 from tune_easytrain.rank_group import RankGroup
 
+PARTS = ("weights", "speed")
 NUM_WORKERS = 2
 NUM_WARMUP_STEPS = 3
 NUM_COMPARED_STEPS = (1, 4)
@@ -196,6 +197,7 @@ def main() -> None:
     """Measure, print the table, write JSON lines."""
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="these alone")
     arguments = parser.parse_args()
     is_cpu = arguments.device == "cpu"
     machine = {"device": device_name(torch.device(arguments.device)), "torch": torch.__version__}
@@ -205,11 +207,14 @@ def main() -> None:
         print_row(row)
         keep_row({**row, **machine}, arguments.json)
 
-    for num_steps in NUM_COMPARED_STEPS:
+    for num_steps in NUM_COMPARED_STEPS if "weights" in arguments.parts else ():
         keep(compare(workers, SMOKE_COMPARED_CASE if is_cpu else COMPARED_CASE, num_steps))
-    print(f"{'model':10} {'':5} {'E':>5} {'m':>4} {'one (1/s)':>12} {'two (1/s)':>12} {'ratio':>7}  rounds")
-    for case, num_timed in (SMOKE_CASES if is_cpu else CASES).items():
-        keep(measure(workers, case, num_timed, arguments.rounds))
+    if "speed" in arguments.parts:
+        print(
+            f"{'model':10} {'':5} {'E':>5} {'m':>4} {'one (1/s)':>12} {'two (1/s)':>12} {'ratio':>7}  rounds"
+        )
+        for case, num_timed in (SMOKE_CASES if is_cpu else CASES).items():
+            keep(measure(workers, case, num_timed, arguments.rounds))
     workers.end()
 
 

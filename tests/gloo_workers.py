@@ -1,7 +1,8 @@
-"""Several workers of one trial without Ray: real processes that meet over gloo."""
+"""Several workers of one trial without Ray: real processes that meet over gloo, on GPUs over NCCL."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,16 +17,20 @@ from tune_easytrain.rank_group import RankGroup
 CPU = torch.device("cpu")
 
 
-def on_ranks(work: Callable[[RankGroup], Any], num_workers: int = 2) -> list[Any]:
-    """What `work` returns on each of several ranks; what one of them raises is raised here, and ends all."""
+def on_ranks(work: Callable[[RankGroup], Any], num_workers: int = 2, device: torch.device = CPU) -> list[Any]:
+    """What `work` returns on each of several ranks; what one of them raises is raised here, and ends all.
+
+    On `cuda` each rank sees a GPU of its own.
+    """
     context = forkserver_context()
     port = None
     connections, processes = [], []
     try:
         for rank in range(num_workers):
             ours, theirs = context.Pipe()
-            payload = cloudpickle.dumps((work, rank, num_workers, port))
-            process = context.Process(target=serve, args=(theirs, payload))
+            address = None if port is None else ("127.0.0.1", port)
+            place = WorkerPlace(rank, num_workers, address)
+            process = context.Process(target=serve, args=(theirs, place, device, cloudpickle.dumps(work)))
             process.start()
             theirs.close()
             if rank == 0:
@@ -43,11 +48,12 @@ def on_ranks(work: Callable[[RankGroup], Any], num_workers: int = 2) -> list[Any
     return answers
 
 
-def serve(connection: Connection, payload: bytes) -> None:
+def serve(connection: Connection, place: WorkerPlace, device: torch.device, payload: bytes) -> None:
     torch.set_num_threads(1)
-    work, rank, num_workers, port = cloudpickle.loads(payload)
-    address = None if port is None else ("127.0.0.1", port)
-    group = RankGroup.join(WorkerPlace(rank, num_workers, address), CPU, connection.send)
+    if device.type == "cuda":  # before anything asks for a GPU, as what loads `work` may
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place.rank)
+    work = cloudpickle.loads(payload)
+    group = RankGroup.join(place, device, connection.send)
     try:
         answer = work(group)
     except Exception as error:  # noqa: BLE001 -- raised again by the test's process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 TASKS = Path(__file__).parents[1] / "integration" / "integration_tasks.py"
 
 
-def sweep(tmp_path: Path, num_workers: int, sharding: str) -> dict[str, Any]:
+def sweep(folder: Path, num_workers: int, sharding: str) -> dict[str, Any]:
     """E = 5 is 3 and 2 samples, in two and one micro-batches; the last window has one sample, on one rank."""
     return {
         "name": f"workers_{num_workers}_{sharding}",
@@ -25,7 +26,7 @@ def sweep(tmp_path: Path, num_workers: int, sharding: str) -> dict[str, Any]:
         "batch": {"effective_batch_size": 5, "memory_budget": "1GiB"},
         "train": {"epochs": 3, "clip_norm": 0.5},
         "trial": {"resources": {"cpu": 1, "gpu": 1}, "num_workers": num_workers},
-        "run": {"metric": "val_loss", "storage": str(tmp_path / "runs")},
+        "run": {"metric": "val_loss", "storage": str(folder / "runs")},
     }
 
 
@@ -35,14 +36,24 @@ def weights(results: te.SweepResults) -> dict[str, torch.Tensor]:
     return model
 
 
-def test_two_gpus_train_as_one_does(tmp_path):
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
     from tune_easytrain.cluster import ray_session
 
     with ray_session("local"):
-        alone = te.run(sweep(tmp_path, 1, "none"), quiet=True)
-        for sharding in ("none", "optimizer"):
-            results = te.run(sweep(tmp_path, 2, sharding), quiet=True)
-            (row,) = results.frame().to_dict("records")
-            assert (row["state"], row["num_workers"], row["accumulation_steps"]) == ("finished", 2, 2)
-            for name, value in weights(alone).items():
-                torch.testing.assert_close(weights(results)[name], value, rtol=0, atol=1e-10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of one worker on one GPU."""
+    return weights(te.run(sweep(tmp_path_factory.mktemp("alone"), 1, "none"), quiet=True))
+
+
+@pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
+def test_two_gpus_train_as_one_does(alone: dict[str, torch.Tensor], tmp_path: Path, sharding: str) -> None:
+    results = te.run(sweep(tmp_path, 2, sharding), quiet=True)
+    (row,) = results.frame().to_dict("records")
+    assert (row["state"], row["num_workers"], row["accumulation_steps"]) == ("finished", 2, 2), row["error"]
+    for name, value in weights(results).items():
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-10)

@@ -43,6 +43,13 @@ def test_what_is_pasted_pairs_by_itself_and_fits_at_once() -> None:
     assert all(trial.fits and trial.too_large_pair is None for trial in make_plan(again).trials)
 
 
+def test_shares_of_a_gpu_that_follow_from_the_estimate_do_not_limit_the_sizes() -> None:
+    sweep = make_sweep(["small", "medium"], [2, 2])
+    whole = pair_list(load_config(sweep), make_plan(sweep))
+    packed = {**sweep, "trial": {"resources": {"gpu": "auto"}}}
+    assert pair_list(load_config(packed), make_plan(packed)) == whole
+
+
 def test_powers_of_two_are_rounded_down() -> None:
     lists, _ = written(make_sweep(["small", "medium", "large"], effective_batch_size=100), power_of_two=True)
     assert lists["hp.batch_size"] == [64, 16, 2]

@@ -52,7 +52,7 @@ def run_trials_inline(
                 function_payload=function,
                 config=trial_config,
                 settings=settings,
-                device="cuda" if config.trial.resources.gpu else "cpu",
+                device=config.trial.resources.device,
                 device_share=1.0,
                 num_threads=max(1, int(config.trial.resources.cpu)),
                 scratch_dir=scratch_dir,

@@ -22,6 +22,9 @@ from tune_easytrain.settings import TrialSettings, given_batch_size, with_strate
 UNLIMITED_SAMPLES = 4096
 """The largest micro-batch looked at where neither a batch size nor an effective batch size limits it."""
 
+_SHARES = tuple(number / 20 for number in range(2, 20))
+"""Shares of a GPU that a trial may get, smallest first: steps of a twentieth fit together."""
+
 EstimateAll = Callable[[Sequence[dict[str, Any]]], Sequence[MemoryEstimate | EstimateError]]
 """Trials' configs to their estimates, in the same order; an error says why there is none."""
 
@@ -34,6 +37,7 @@ class TrialMemory:
         name: the trial's number in the sweep, from 0, and the values that tell it from the others.
         values: its values by dotted grid key.
         config: the nested config that was estimated, with an example of every drawn key.
+        gpu: how many GPUs its worker gets; below one, that share of a GPU.
         budget_bytes: what the trial may use of the GPU.
         estimate: its memory by micro-batch size; None where there is none.
         error: why there is none.
@@ -44,10 +48,33 @@ class TrialMemory:
     values: Mapping[str, Any]
     config: dict[str, Any]
     settings: TrialSettings
+    gpu: float
     budget_bytes: int
     estimate: MemoryEstimate | None
     error: str | None = None
     strategy: str = ""
+
+    def on_gpu(self, gpu: float, total_bytes: int) -> TrialMemory:
+        """Return the same trial with that much of a GPU of `total_bytes`."""
+        settings = self.settings
+        request = BudgetRequest(
+            memory_fraction=settings.memory_fraction,
+            device_share=min(1.0, gpu),
+            memory_budget_bytes=settings.memory_budget_bytes,
+        )
+        return replace(self, gpu=gpu, budget_bytes=request.gpu_budget_bytes(total_bytes))
+
+    def on_smallest_share(self, total_bytes: int) -> TrialMemory:
+        """Return the same trial with the smallest share of a GPU in which its limit fits at once.
+
+        What has no estimate, does not fit so or trains with several workers gets a whole GPU each.
+        """
+        whole = self.on_gpu(1.0, total_bytes)
+        if self.estimate is None or self.settings.num_workers > 1:
+            return whole
+        peak_bytes = self.estimate.peak_bytes(self.limit)
+        shares = (self.on_gpu(share, total_bytes) for share in _SHARES)
+        return next((trial for trial in shares if peak_bytes <= trial.usable_bytes), whole)
 
     @property
     def limit(self) -> int:
@@ -143,6 +170,7 @@ class TrialMemory:
             "microbatch_limit": self.settings.microbatch_limit,
             "estimated_peak_bytes": self.estimated_peak_bytes,
             "phase_peak_bytes": self.phase_peak_bytes(),
+            "gpu": self.gpu,
             "memory_budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "error": self.error,
@@ -161,16 +189,23 @@ class MemoryPlan:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return headings and rows for people."""
         keys = list(self.trials[0].values)
-        headings = ["#", *keys, "E", "m", "k", "estimated peak / budget", "of the GPU", "fits"]
+        gpu = ["GPUs"] if self.is_packed else []
+        headings = ["#", *keys, *gpu, "E", "m", "k", "estimated peak / budget", "of the GPU", "fits"]
         return headings, [
             [str(number), *(str(trial.values[key]) for key in keys), *self._cells(trial)]
             for number, trial in enumerate(self.trials)
         ]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether trials get shares of a GPU that differ."""
+        return len({trial.gpu for trial in self.trials}) > 1
+
     def _cells(self, trial: TrialMemory) -> list[str]:
         peak = trial.estimated_peak_bytes
         plan, size = trial.batch_plan, trial.microbatch_size
         return [
+            *([f"{trial.gpu:g}"] if self.is_packed else []),
             str(trial.settings.effective_batch_size or ""),
             "" if size is None else str(size),
             "" if plan is None else str(plan.accumulation_steps),
@@ -251,22 +286,21 @@ def build_memory_plan(
         settings = TrialSettings.from_config(
             nested, metric=config.run.metric, mode=config.run.mode, num_workers=config.trial.num_workers
         )
-        request = BudgetRequest(
-            memory_fraction=settings.memory_fraction,
-            device_share=min(1.0, config.trial.resources.gpu or 1.0),
-            memory_budget_bytes=settings.memory_budget_bytes,
+        gpu = config.trial.resources.gpu
+        trial = TrialMemory(
+            name=f"trial {number} ({told})" if told else f"trial {number}",
+            values=values,
+            config=nested,
+            settings=settings,
+            gpu=1.0,
+            budget_bytes=0,
+            estimate=estimate if isinstance(estimate, MemoryEstimate) else None,
+            error=estimate.reason if isinstance(estimate, EstimateError) else None,
         )
-        trials.append(
-            TrialMemory(
-                name=f"trial {number} ({told})" if told else f"trial {number}",
-                values=values,
-                config=nested,
-                settings=settings,
-                budget_bytes=request.gpu_budget_bytes(accelerator.total_bytes),
-                estimate=estimate if isinstance(estimate, MemoryEstimate) else None,
-                error=estimate.reason if isinstance(estimate, EstimateError) else None,
-            )
-        )
+        if gpu == "auto":
+            trials.append(trial.on_smallest_share(accelerator.total_bytes))
+        else:
+            trials.append(trial.on_gpu(gpu or 1.0, accelerator.total_bytes))
     return MemoryPlan(accelerator, _with_strategies(trials, estimate_all), drawn)
 
 

@@ -39,7 +39,9 @@ def pair_list(config: SweepConfig, plan: MemoryPlan, *, power_of_two: bool = Fal
         raise BadInputError(f"--write-pairs: {MODEL_KEY} is drawn from a distribution; list its values")
     keys = _group_without_batch_size(config)
     rows: dict[str, list[TrialMemory]] = {}
-    for trial in plan.trials:
+    is_packed = config.trial.resources.gpu == "auto"  # shares follow from the sizes that are looked for here
+    for given in plan.trials:
+        trial = given.on_gpu(1.0, plan.accelerator.total_bytes) if is_packed else given
         rows.setdefault(repr([trial.values[key] for key in keys]), []).append(trial)
     columns: dict[str, list[Any]] = {key: [] for key in (*keys, BATCH_SIZE_KEY)}
     left_out = []

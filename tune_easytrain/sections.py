@@ -10,7 +10,8 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from tune_easytrain.config_issues import fail, show_value
-from tune_easytrain.errors import did_you_mean
+from tune_easytrain.errors import StorageError, did_you_mean
+from tune_easytrain.storage_url import StorageUrl, is_url
 
 PositiveInt: TypeAlias = Annotated[int, Ge(1)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0)]
@@ -211,8 +212,12 @@ class ResourcesConfig(Section):
     cpu: PositiveFloat = 1.0
     """CPU cores; may be a fraction."""
 
-    gpu: Annotated[float, Ge(0)] = 0.0
-    """GPUs; a fraction below one shares a GPU between trials, above one only whole numbers."""
+    gpu: float | Literal["auto"] = 0.0
+    """GPUs; a fraction below one shares a GPU between trials, above one only whole numbers.
+
+    `auto`: each trial gets the share that its estimate needs, whole GPUs where it needs more, and none where
+    there are none.
+    """
 
     accelerator_type: str | None = None
     """Kind of GPU, by Ray's name for it (`H100`, `A100-80G`); default: any."""
@@ -220,13 +225,32 @@ class ResourcesConfig(Section):
     custom: dict[str, PositiveFloat] = {}
     """Amounts of resources the cluster defines under other names."""
 
-    @field_validator("gpu")
+    @field_validator("gpu", mode="before")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value > 1 and not value.is_integer():
+    def _is_number_of_gpus(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < float("inf"):
+            remedy = "write auto, 0, a share such as 0.25, or a whole number"
+            raise fail(f"{show_value(value)} is no number of GPUs", remedy)
+        if value > 1 and not float(value).is_integer():
             reason = "a share below one splits a GPU between trials, above one each GPU is given whole"
             raise fail(f"{value:g} GPUs cannot be given: {reason}", f"write {int(value)} or {int(value) + 1}")
-        return value
+        return float(value)
+
+
+    @property
+    def device(self) -> str:
+        """Where one trial alone trains, as torch calls it; `auto`: on a GPU where there is one."""
+        if self.gpu == "auto":
+            return "auto"
+        return "cuda" if self.gpu else "cpu"
+
+    @property
+    def device_share(self) -> float:
+        """The share of that device's memory that it gets; what an estimate would set is not known here."""
+        return 1.0 if self.gpu == "auto" else min(1.0, self.gpu or 1.0)
 
 
 class TrialConfig(Section):
@@ -242,7 +266,7 @@ class TrialConfig(Section):
     @classmethod
     def _whole_gpus(cls, value: int, info: ValidationInfo) -> int:
         resources = info.data.get("resources")
-        if value > 1 and resources is not None and 0 < resources.gpu < 1:
+        if value > 1 and resources is not None and resources.gpu != "auto" and 0 < resources.gpu < 1:
             reason = (
                 f"{value} workers cannot share GPUs ({resources.gpu:g} each): NCCL wants one GPU per worker"
             )
@@ -319,7 +343,7 @@ class RunConfig(Section):
     """Whether the smallest or the largest metric is best."""
 
     storage: str = "./runs"
-    """Folder that holds run directories; on a cluster one that all nodes see."""
+    """Folder that holds run directories, on a cluster one that all nodes see; or a URL: `s3://bucket/folder`."""
 
     num_samples: PositiveInt = 1
     """Trials of every grid point, each with draws of its own; if the search is not random: trials in all."""
@@ -345,7 +369,10 @@ class RunConfig(Section):
 
     @field_validator("storage")
     @classmethod
-    def _is_path(cls, value: str) -> str:
-        if "://" in value:
-            raise fail(f"{value!r} is a URL", "give a path that all nodes see, such as a shared folder")
+    def _is_place(cls, value: str) -> str:
+        if is_url(value):
+            try:
+                StorageUrl.parse(value)
+            except StorageError as error:
+                raise fail(error.problem, error.remedy) from None
         return value

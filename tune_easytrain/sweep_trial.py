@@ -31,8 +31,10 @@ _WRITER_NAME = "written_by"
 
 @dataclass(frozen=True)
 class SweepShared:
-    """What all trials of a sweep have in common; `resources` are those of one of a trial's `num_workers`.
+    """What all trials of a sweep have in common.
 
+    `num_workers` is how many workers the sweep file gives a trial; one that fits on no GPU may have got more,
+    to share out its model.
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
     `probe_cache` is the handle of the actor that knows what the trials have measured.
     """
@@ -40,7 +42,6 @@ class SweepShared:
     space: TrialSpace
     task_payload: bytes | None
     function_payload: bytes | None
-    resources: Mapping[str, float]
     num_workers: int
     metric: str
     mode: Literal["min", "max"]
@@ -60,7 +61,11 @@ class SweepTrial(tune.Trainable):
         self._dir = Path(tempfile.mkdtemp(prefix="tune_easytrain_trial_"))
         self._reports: Iterator[Report] | None = None
         self._last_metrics: dict[str, float] = {}
-        self._actors = WorkerActors(shared.num_workers, shared.resources, shared.preloaded_modules)
+        # Ray gives a reused actor only trials that ask for the same.
+        resources = self.trial_resources
+        assert resources is not None, "Ray Tune tells a trial what it has set aside for it"
+        self._bundles: list[dict[str, float]] = resources.bundles
+        self._actors = WorkerActors(len(self._bundles), self._bundles[0], shared.preloaded_modules)
         self._set_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -94,7 +99,7 @@ class SweepTrial(tune.Trainable):
                 spec,
                 lambda event: self._emit(name, event),
                 cache,
-                None if self._shared.num_workers == 1 else self._worker_processes,
+                None if len(self._bundles) == 1 else self._worker_processes,
             )
         report = next(self._reports, None)
         if report is None:
@@ -145,13 +150,16 @@ class SweepTrial(tune.Trainable):
     def _spec(self) -> TrialSpec:
         shared = self._shared
         config = shared.space.config_from_ray(self._config)
-        gpu, cpu = shared.resources.get("GPU", 0.0), shared.resources.get("CPU", 1.0)
+        bundle, num_workers = self._bundles[0], len(self._bundles)
+        if num_workers > shared.num_workers:
+            config["memory"]["sharding"] = "full"
+        gpu, cpu = bundle.get("GPU", 0.0), bundle.get("CPU", 1.0)
         node_id = ray.get_runtime_context().get_node_id()
-        share = min(1.0, gpu) if gpu else 1.0 / trials_per_node(shared.resources, node_id)
+        share = min(1.0, gpu) if gpu else 1.0 / trials_per_node(bundle, node_id)
         return TrialSpec(
             config=config,
             settings=TrialSettings.from_config(
-                config, metric=shared.metric, mode=shared.mode, num_workers=shared.num_workers
+                config, metric=shared.metric, mode=shared.mode, num_workers=num_workers
             ),
             task_payload=shared.task_payload,
             function_payload=shared.function_payload,

@@ -47,11 +47,16 @@ class TrialSpace:
 
     def config_from_ray(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the nested config of the trial that Ray gave `params` (see `search_space.param_space`)."""
-        values = {
-            key: self.numbered[key][int(value)] if key in self.numbered else value
-            for key, value in params.items()
-        }
+        values = {key: self._value(key, value) for key, value in params.items()}
         return self.config(values.pop(POINT_KEY), values)
+
+    def point_from_ray(self, params: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the grid point of that trial."""
+        point: Sequence[Any] = self._value(POINT_KEY, params[POINT_KEY])
+        return point
+
+    def _value(self, key: str, value: Any) -> Any:
+        return self.numbered[key][int(value)] if key in self.numbered else value
 
 
 def _complete_budget(train: dict[str, Any]) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_easytrain.config import TrialConfig
 from tune_easytrain.errors import BadInputError, InsufficientResourcesError
+from tune_easytrain.trial_request import ACCELERATOR_PREFIX, TrialRequest
 from tune_easytrain.yaml_source import read_file
 
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
@@ -24,8 +26,6 @@ _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)\Z")
 _CONNECT_SECONDS = 10.0
 _TOLERANCE = 1e-6
-_ACCELERATOR_PREFIX = "accelerator_type:"
-_ACCELERATOR_AMOUNT = 0.001  # as Ray itself asks for one: a mark of the node, not something that is used up
 _MOST_NODES = 1000  # no trial needs more, whatever an autoscaler may start
 
 
@@ -83,40 +83,38 @@ def _check_reachable(address: str | None) -> None:
         ) from None
 
 
-def resource_bundle(trial: TrialConfig) -> dict[str, float]:
-    """Return what Ray sets aside for one worker of a trial, by Ray's resource names."""
-    resources = trial.resources
-    bundle = {"CPU": resources.cpu, **resources.custom}
-    if resources.gpu:
-        bundle["GPU"] = resources.gpu
-    if resources.accelerator_type is not None:
-        bundle[f"{_ACCELERATOR_PREFIX}{resources.accelerator_type}"] = _ACCELERATOR_AMOUNT
-    return bundle
+def beside_driver() -> dict[str, Any]:
+    """Return the options of an actor that uses up nothing, on the node of the process that calls this.
+
+    A sweep ends with its driver anyway; on any other node its actors would end it together with that node.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
-def placement(trial: TrialConfig) -> tune.PlacementGroupFactory:
+def placement(request: TrialRequest) -> tune.PlacementGroupFactory:
     """Return the placement group of one trial: a bundle for each worker.
 
     What drives several workers needs next to nothing, so it has no bundle of its own and is placed with rank
     0. A trial is placed whole or not at all.
     """
-    bundle = resource_bundle(trial)
-    if trial.num_workers == 1:
-        return tune.PlacementGroupFactory([bundle])
-    return tune.PlacementGroupFactory([{}] + [bundle] * trial.num_workers)
+    if request.num_workers == 1:
+        return tune.PlacementGroupFactory([request.bundle])
+    return tune.PlacementGroupFactory([{}] + [request.bundle] * request.num_workers)
 
 
-def check_resources(trial: TrialConfig) -> None:
+def check_resources(request: TrialRequest) -> None:
     """Raise InsufficientResourcesError unless the nodes, present and to come, can hold one trial."""
-    bundle = resource_bundle(trial)
-    present = [node["Resources"] for node in _nodes() if node["Alive"]]
+    present = [node["Resources"] for node in alive_nodes()]
     scalable = list(_scalable_nodes())
-    if any(_fits(bundle, node) for node in [*present, *scalable]):
+    bundle = request.bundle
+    if any(fits(bundle, node) for node in [*present, *scalable]):
         num_workers = sum(_num_bundles(bundle, node) for node in [*present, *scalable])
-        if num_workers >= trial.num_workers:
+        if num_workers >= request.num_workers:
             return
         raise InsufficientResourcesError(
-            f"trial.num_workers: {trial.num_workers} workers of {_describe(bundle)} each do not fit; the "
+            f"trial.num_workers: {request.num_workers} workers of {_describe(bundle)} each do not fit; the "
             f"cluster has room for {num_workers}. Lower trial.num_workers or trial.resources, or use "
             f"a larger cluster; nodes: {'; '.join(_describe(node) for node in present)}"
         )
@@ -127,23 +125,27 @@ def check_resources(trial: TrialConfig) -> None:
         if amount > largest[name] + _TOLERANCE
     ]
     wanted = " and ".join(lacking) or f"{_describe(bundle)} together on one node"
-    hint = "--set trial.resources.gpu=0 trains on the CPU" if "GPU" in bundle else "lower trial.resources"
+    hint = "lower trial.resources"
+    if "GPU" in bundle:
+        hint = "--set trial.resources.gpu=0 trains on the CPU"
+    there = "; ".join(_describe(node) for node in present) or "none"
+    to_come = "; ".join(dict.fromkeys(_describe(node) for node in scalable))
     raise InsufficientResourcesError(
-        f"trial.resources: each trial asks for {wanted}, which no node of the cluster has; "
-        f"nodes: {'; '.join(_describe(node) for node in present) or 'none'}. {hint}, or use a larger cluster"
+        f"trial.resources: each trial asks for {wanted}, which no node of the cluster has; nodes: {there}"
+        f"{f' (and what it can start: {to_come})' if to_come else ''}. {hint}, or use a larger cluster"
     )
 
 
 def _lacking(name: str, amount: float, largest: float, nodes: Sequence[Mapping[str, float]]) -> str:
-    if not name.startswith(_ACCELERATOR_PREFIX):
+    if not name.startswith(ACCELERATOR_PREFIX):
         return f"{amount:g} {name} (the largest node has {largest:g})"
     there = {
-        other.removeprefix(_ACCELERATOR_PREFIX)
+        other.removeprefix(ACCELERATOR_PREFIX)
         for node in nodes
         for other in node
-        if other.startswith(_ACCELERATOR_PREFIX)
+        if other.startswith(ACCELERATOR_PREFIX)
     }
-    wanted = name.removeprefix(_ACCELERATOR_PREFIX)
+    wanted = name.removeprefix(ACCELERATOR_PREFIX)
     return f"accelerator_type {wanted} (the nodes have {', '.join(sorted(there)) or 'none'})"
 
 
@@ -151,16 +153,16 @@ def check_local_gpu(trial: TrialConfig) -> None:
     """Raise InsufficientResourcesError where a trial asks for a GPU and this machine has none."""
     import torch
 
-    if trial.resources.gpu and not torch.cuda.is_available():
+    if trial.resources.gpu not in (0, "auto") and not torch.cuda.is_available():
         raise InsufficientResourcesError(
-            f"trial.resources: each trial asks for {trial.resources.gpu:g} GPU, and torch sees none on this "
+            f"trial.resources: each trial asks for {trial.resources.gpu} GPU, and torch sees none on this "
             "machine; --set trial.resources.gpu=0 trains on the CPU"
         )
 
 
 def trials_per_node(trial_bundle: Mapping[str, float], node_id: str) -> int:
     """Return how many workers with this bundle the given node runs at the same time."""
-    for node in _nodes():
+    for node in alive_nodes():
         if node["NodeID"] == node_id:
             return max(1, _num_bundles(trial_bundle, node["Resources"]))
     return 1
@@ -170,9 +172,17 @@ def _num_bundles(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
     return min(int(node.get(name, 0.0) / amount + _TOLERANCE) for name, amount in bundle.items() if amount)
 
 
-def _nodes() -> list[dict[str, Any]]:
+def count_gpus(request: TrialRequest) -> int:
+    """Return how many GPUs there are, present and to come, for trials that ask for one besides this."""
+    bundle = request.with_gpus(1.0).bundle
+    nodes = [*(node["Resources"] for node in alive_nodes()), *_scalable_nodes()]
+    return sum(int(node["GPU"]) for node in nodes if fits(bundle, node))
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return Ray's description of every node that is there: its `NodeID`, address and `Resources`."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return nodes
+    return [node for node in nodes if node["Alive"]]
 
 
 def _scalable_nodes() -> list[dict[str, float]]:
@@ -192,7 +202,8 @@ def _scalable_nodes() -> list[dict[str, float]]:
     ]
 
 
-def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
+def fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
+    """Return whether a node with these resources can hold such a bundle, once it is free."""
     return all(node.get(name, 0.0) + _TOLERANCE >= amount for name, amount in bundle.items())
 
 

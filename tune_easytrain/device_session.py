@@ -27,6 +27,7 @@ from tune_easytrain.probe_attempt import run_attempt
 from tune_easytrain.protocol import (
     AttemptReply,
     AttemptRequest,
+    CheckRequest,
     Continue,
     EstimateRequest,
     Finished,
@@ -43,6 +44,7 @@ from tune_easytrain.rank_group import RankGroup
 from tune_easytrain.signature import task_signature
 from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
+from tune_easytrain.task_check import check_task
 from tune_easytrain.trial_context import TrialContext, load_checkpoint
 from tune_easytrain.worst_case import with_known_worst_case
 
@@ -239,8 +241,11 @@ class DeviceSession:
         return train_loop.checkpoint_microbatch_limit(load_checkpoint(Path(self._opening.checkpoint_path)))
 
 
-def serve(connection: Connection, opening: Opening | EstimateRequest) -> None:
+def serve(connection: Connection, opening: Opening | EstimateRequest | CheckRequest) -> None:
     """Answer a trial's requests until training has ended; errors are the caller's to send."""
+    if isinstance(opening, CheckRequest):
+        connection.send(check_task(opening))
+        return
     if isinstance(opening, EstimateRequest):
         connection.send(estimate(opening.opening))
         return

@@ -50,6 +50,17 @@ class EstimateRequest:
     opening: Opening
 
 
+@dataclass(frozen=True, slots=True)
+class CheckRequest:
+    """Ask a child whether a trial's task and its data can be used; it answers with what is wrong, and ends.
+
+    `task_payload` is `build_task`, pickled by value, `config` the nested config of the trial.
+    """
+
+    task_payload: bytes
+    config: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """The child's first message.

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -78,10 +78,14 @@ class ProbeLeases:
             self._changed.notify_all()
 
 
-def start_probe_cache(evidence: Sequence[ProbeEvidence]) -> Any:
-    """Start the actor of a sweep, with what an earlier run of it has measured, and return its handle."""
-    actor = ray.remote(num_cpus=0)(ProbeLeases)
-    return actor.options(name=f"tune_easytrain_probe_cache_{uuid.uuid4().hex}").remote(evidence)
+def start_probe_cache(evidence: Sequence[ProbeEvidence], options: Mapping[str, Any] | None = None) -> Any:
+    """Start the actor of a sweep, with what an earlier run of it has measured, and return its handle.
+
+    `options` are those of the actor; without, it may be on any node.
+    """
+    actor: Any = ray.remote(ProbeLeases)
+    name = f"tune_easytrain_probe_cache_{uuid.uuid4().hex}"
+    return actor.options(name=name, **(options or {"num_cpus": 0})).remote(evidence)
 
 
 class SharedProbeCache:

@@ -37,6 +37,25 @@ def train_by_hand(config: dict[str, Any], trial: TrialContext) -> None:
         )
 
 
+def build_task_with_a_file(config: dict[str, Any]) -> Task:
+    """A task whose training data are in the file `data.file`; `toy.seconds_per_loss` makes it slow."""
+
+    def train_data() -> Any:
+        Path(config["data"]["file"]).read_text()
+        return list(torch.ones(config["data"]["num_samples"], 1))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        time.sleep(config.get("toy", {}).get("seconds_per_loss", 0))
+        return model(batch).mean()
+
+    return Task(
+        model=lambda: nn.Linear(1, 1),
+        loss=loss,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        train_data=train_data,
+    )
+
+
 def build_task_that_hangs_once(config: dict[str, Any]) -> Task:
     """Whichever trial computes a loss first writes its Ray worker's pid to the file `toy.pid`, and hangs."""
 

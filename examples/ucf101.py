@@ -1,15 +1,19 @@
 """torchvision's nine video models on UCF101: `build_task` for sweep files, and a sweep of its own.
 
     python examples/ucf101.py --data-root /data/UCF-101 --storage /shared/runs
+    ray submit cluster/gpu.yaml examples/ucf101.py
 
-This one file is enough where `tune_easytrain[video]` is installed (`ray submit` copies nothing else).
+This one file is enough where `tune_easytrain[video]` is installed (`ray submit` copies nothing else). On the
+head of a cluster that `ray up` made, the sweep runs as a job of that cluster: it goes on when the connection
+ends.
 
 What a trial's config may hold, besides the sweep's own sections:
 
 - `model.type`: one of the nine models; `model.weights`: none (default), or the name of torchvision's
   weights, such as DEFAULT.
 - `data.root`: the folder with `UCF-101/` and `ucfTrainTestlist/`; `data.split`: 1, 2 or 3;
-  `data.sampling`: uniform or consecutive, with `data.stride`; `data.max_corrupt_share`: 0.01.
+  `data.sampling`: uniform or consecutive, with `data.stride`; `data.max_corrupt_share`: 0.01;
+  `data.decoder`: pyav (default) or torchcodec.
 - `data.frames`, `data.size`, `data.resize`: the clip's frames, its height and width, and what it is resized
   to before the central crop, in pixels. Default: as published for the model's weights.
 - `data.num_classes`: 101, unless the lists under `data.root` say otherwise.
@@ -84,12 +88,21 @@ SECTIONS = {
     "model": ("type", "weights"),
     "data": (
         "root", "split", "sampling", "stride", "frames", "size", "resize", "num_classes", "max_corrupt_share",
+        "decoder",
     ),
     "hp": ("learning_rate", "batch_size"),
     "optimizer": ("name", "weight_decay", "momentum", "schedule"),
 }  # fmt: skip
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine")
+
+SHOWN_COLUMNS = (
+    "trial_id", "model.type", "state", "effective_batch_size", "microbatch_size", "accumulation_steps",
+)  # fmt: skip
+"""What of the results' frame is printed at the end; the run directory has all of it."""
+
+HEAD_MARK = "~/ray_bootstrap_config.yaml"
+"""What `ray up` leaves on a cluster's head node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +156,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_name(config, "optimizer.schedule", SCHEDULES)
     _check_name(config, "data.sampling", ("uniform", "consecutive"))
     _check_name(config, "data.split", (1, 2, 3))
+    _check_name(config, "data.decoder", ("pyav", "torchcodec"))
+    if _get(config, "data.decoder") == "torchcodec":
+        from tune_easytrain.torchcodec_decoder import load_torchcodec
+
+        load_torchcodec()  # now, and not once the model is built
     faults = [
         *(_integer_fault(config, f"data.{name}") for name in ("frames", "size", "stride", "num_classes")),
         *(_integer_fault(config, "data.resize", each=True),),
@@ -367,6 +385,7 @@ def open_data(config: Mapping[str, Any], clip: ClipFormat, *, train: bool) -> Vi
         stride=_get(config, "data.stride", 1),
         train=train,
         max_corrupt_share=share,
+        decoder=_get(config, "data.decoder", "pyav"),
     )
 
 
@@ -392,7 +411,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--address", default=None,
-        help="Ray cluster to use, or local (default: what RAY_ADDRESS or this host names, else a local one)",
+        help="Ray cluster to use: local, auto (this host's), or an address (default: on a head that `ray up` "
+        "made, a job of its cluster; elsewhere what RAY_ADDRESS or this host names, else local)",
     )  # fmt: skip
     parser.add_argument("--max-experiments", metavar="N", type=int, help="run only the first N trials")
     parser.add_argument(
@@ -430,6 +450,39 @@ def check_data(overrides: Sequence[str], options: argparse.Namespace) -> None:
         raise DataError(f"{error}\n{HOW_TO_SET_ROOT}") from None
 
 
+def run_as_job(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Let this host's cluster run the sweep as a job, and show what it says; returns its exit code.
+
+    The job outlives this process. Ctrl-C leaves it running, too.
+    """
+    from tune_easytrain.config import load_config
+    from tune_easytrain.jobs import follow
+    from tune_easytrain.submit import submit_command
+
+    command = [sys.executable, os.path.abspath(__file__), "--address", "auto"]
+    storage = load_config(options.sweep or DEFAULT_SWEEP, overrides=overrides).run.storage
+    if "://" not in storage:  # a job starts in another folder
+        storage = os.path.abspath(Path(storage).expanduser())
+    for override in (*overrides, f"run.storage={storage}"):
+        command += ["--set", override]
+    if options.max_experiments is not None:
+        command += ["--max-experiments", str(options.max_experiments)]
+    if options.sweep is not None:
+        command += ["--sweep", os.path.abspath(options.sweep)]
+    job = submit_command(command, address="auto", name="ucf101")
+    print(
+        f"Job {job}: it goes on when this connection ends. From where you called `ray submit`:\n"
+        f"  ray exec CLUSTER.yaml 'tune-easytrain logs {job} --follow --address auto'\n"
+        f"  ray exec CLUSTER.yaml 'tune-easytrain stop {job} --address auto'",
+        flush=True,
+    )
+    try:
+        return follow(job, address="auto")
+    except KeyboardInterrupt:
+        print(f"{job} goes on.", flush=True)
+        return 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep and print its table; returns the exit code."""
     options = parse_arguments(arguments)
@@ -437,6 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = choose_overrides(options)
         if not (options.address or "").startswith("ray://"):  # there the data lie on the cluster alone
             check_data(overrides, options)
+        if options.address is None and Path(HEAD_MARK).expanduser().is_file():
+            return run_as_job(options, overrides)
         from tune_easytrain import run
 
         results = run(
@@ -449,8 +504,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(results.frame().to_string())
-    print(f"run directory: {results.run_dir}")
+    shown = [*SHOWN_COLUMNS, f"{results.metric}_best", "error"]
+    print(results.frame().filter(items=shown).to_string(index=False))
+    print(f"Run directory: {results.run_dir}")
     return 1 if results.num_failed else 0
 
 

@@ -108,6 +108,7 @@ def test_the_demo_names_all_nine():
         ({"data": {"sizes": 3}}, "data: unknown name 'sizes'; did you mean 'size'"),
         ({"data": {"sampling": "random"}}, r"data\.sampling"),
         ({"data": {"split": 4}}, r"data\.split"),
+        ({"data": {"decoder": "decord"}}, r"data\.decoder"),
     ],
 )
 def test_unknown_names(sections, message):
@@ -210,6 +211,12 @@ def test_full_size_clips_are_the_published_transform(demo_data):
     data = ucf101.build_task({"model": {"type": "s3d"}, "data": {"root": str(demo_data)}}).val_data()
     path = demo_data / "UCF-101/BigBuckBunny/v_BigBuckBunny_g04_c01.avi"
     assert torch.equal(data[0][0], S3D_Weights.DEFAULT.transforms()(decode_clip(path, 16)))
+
+
+def test_a_decoder_that_is_not_installed_is_told_before_anything_is_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(DataError, match=r"data\.decoder: .*pip install 'tune-easytrain\[torchcodec\]'"):
+        ucf101.build_task(small(data={"decoder": "torchcodec"}))
 
 
 def test_data_without_a_root():

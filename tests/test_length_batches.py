@@ -48,7 +48,7 @@ def test_no_microbatch_has_much_padding(lengths: list[int], microbatch_size: int
     groups = SampleLengths(lengths)
     for part in groups.cut(range(len(lengths)), microbatch_size):
         padding = groups.num_padded_tokens([part]) - groups.num_tokens(part)
-        assert padding <= groups.max_padded_tokens(microbatch_size) / 32
+        assert padding <= groups.max_padded_tokens(microbatch_size) / 16
 
 
 def test_alike_samples_are_cut_as_without_lengths() -> None:

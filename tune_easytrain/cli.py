@@ -1,22 +1,24 @@
 """The command line: `tune-easytrain validate | plan | probe | run | resume | results`.
 
+`cli_jobs` has the commands for jobs of a cluster.
+
 Exit codes: 0 done, 1 trials failed, 2 bad input.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Iterable
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from tune_easytrain import cli_jobs
+from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
-_PIPE_WIDTH = 1000
-
 app = typer.Typer(
     name="tune-easytrain",
     help="Sweeps in which every model trains at exactly the effective batch size asked for.",
@@ -40,20 +40,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-File = Annotated[Path, typer.Argument(help="The sweep file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key of the file; may be given several times."
-    ),
-]
-MaxExperiments = Annotated[
-    int | None,
-    typer.Option(
-        "--max-experiments", "--max_experiments", min=1, help="Keep the first N trials of the file's order."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Address = Annotated[
     str,
     typer.Option(
@@ -90,7 +76,7 @@ def validate(file: File, overrides: Overrides = None) -> None:
     check_packages(config)
     task, _ = load_sweep_functions(config)
     num_models = 0 if task is None else _check_models(config, task)
-    _out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")
+    to_out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")
 
 
 @app.command(epilog="Example:  tune-easytrain plan configs/ucf101_video_grid.yaml --hours-per-trial 2")
@@ -131,10 +117,10 @@ def plan(
     if write_pairs and memory_plan is not None:
         from tune_easytrain.pair_list import pair_list
 
-        _out(pair_list(config, memory_plan, power_of_two=power_of_two))
+        to_out(pair_list(config, memory_plan, power_of_two=power_of_two))
     elif as_json:
         trials = _planned_trials(config, sweep_plan) if memory_plan is None else memory_plan.as_json()
-        _out(json.dumps(trials, indent=2, default=str))
+        to_out(json.dumps(trials, indent=2, default=str))
     else:
         _print_plan(sweep_plan, memory_plan, hours_per_trial)
     if memory_plan is not None and not memory_plan.has_estimates:
@@ -153,7 +139,7 @@ def probe(
     from tune_easytrain.trial_probe import probe_trial
 
     try:
-        result = probe_trial(config, trial, _err if as_json else _out)
+        result = probe_trial(config, trial, to_err if as_json else to_out)
     except TuneEasyTrainError:
         raise
     except Exception as error:
@@ -161,13 +147,13 @@ def probe(
             raise
         from tune_easytrain.trial import failed_event
 
-        _err(failed_event(error).details)  # the task's own error, with the child's traceback
+        to_err(failed_event(error).details)  # the task's own error, with the child's traceback
         raise typer.Exit(EXIT_FAILED) from None
     if as_json:
-        _out(json.dumps(result.as_json(), indent=2, default=str))
+        to_out(json.dumps(result.as_json(), indent=2, default=str))
         return
     for line in result.describe():
-        _out(line)
+        to_out(line)
 
 
 @app.command(epilog="Example:  tune-easytrain run configs/ucf101_demo.yaml --set train.epochs=1")
@@ -192,7 +178,7 @@ def run(
 @app.command(epilog="Example:  tune-easytrain resume runs/ucf101_demo_2026-11-22_10-00-00")
 def resume(
     run_dir: Annotated[
-        Path, typer.Argument(help="The run directory that `run` printed.", show_default=False)
+        str, typer.Argument(help="The run directory that `run` printed, or its URL.", show_default=False)
     ],
     address: Address = "local",
     as_json: AsJson = False,
@@ -209,18 +195,50 @@ def resume(
 @app.command(epilog="Example:  tune-easytrain results runs/ucf101_demo_2026-11-22_10-00-00 --csv results.csv")
 def results(
     run_dir: Annotated[
-        Path, typer.Argument(help="The run directory of a sweep, running or done.", show_default=False)
-    ],
+        str | None,
+        typer.Argument(help="The run directory of a sweep, running or done, or its URL.", show_default=False),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the whole frame to this CSV file.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Write it to this Parquet file, with the columns' types.")
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Fetch it, or the newest, from the head of the cluster that `ray up FILE` started.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the results of a sweep as they stand."""
     from tune_easytrain.results import load_results
 
-    loaded = load_results(run_dir)
+    if cluster is None:
+        if run_dir is None:
+            raise BadInputError(
+                "which sweep? Give its run directory, or --cluster FILE for the newest one there"
+            )
+        _show_results(load_results(run_dir), csv, parquet, as_json)
+        return
+    from tune_easytrain.fetched_run import fetch_run
+    from tune_easytrain.results import SweepResults
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = fetch_run(cluster, run_dir, Path(folder))
+        to_err(f"Run directory: {directory.path.name}, as it stands on the cluster")
+        _show_results(SweepResults(directory), csv, parquet, as_json)
+
+
+cli_jobs.add_commands(app)
+
+
+def _show_results(results: SweepResults, csv: Path | None, parquet: Path | None, as_json: bool) -> None:
     if csv is not None:
-        loaded.save_csv(csv)
-    _print_results(loaded, as_json)
+        results.save_csv(csv)
+    if parquet is not None:
+        results.save_parquet(parquet)
+    _print_results(results, as_json)
 
 
 def _load(file: Path, overrides: list[str] | None) -> SweepConfig:
@@ -256,13 +274,13 @@ def _planned_trials(config: SweepConfig, plan: SweepPlan) -> list[dict[str, Any]
 
 def _print_plan(sweep_plan: SweepPlan, memory_plan: MemoryPlan | None, hours_per_trial: float | None) -> None:
     for line in sweep_plan.describe():
-        _out(line)
-    _print_table(*(memory_plan or sweep_plan).table())
+        to_out(line)
+    print_table(*(memory_plan or sweep_plan).table())
     for line in [] if memory_plan is None else memory_plan.describe():
-        _out(line)
+        to_out(line)
     if hours_per_trial is not None:
         own, cartesian = sweep_plan.hours(hours_per_trial)
-        _out(f"At {hours_per_trial:g} h a trial: {own:g} h against {cartesian:g} h.")
+        to_out(f"At {hours_per_trial:g} h a trial: {own:g} h against {cartesian:g} h.")
 
 
 def _memory_plan(config: SweepConfig, accelerator: Accelerator, max_experiments: int | None) -> MemoryPlan:
@@ -299,7 +317,7 @@ def _finish(results: SweepResults, as_json: bool) -> NoReturn:
     _print_results(results, as_json)
     num_failed = results.num_failed
     if num_failed:
-        _err(
+        to_err(
             f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks"
         )
     raise typer.Exit(EXIT_FAILED if num_failed else 0)
@@ -308,34 +326,17 @@ def _finish(results: SweepResults, as_json: bool) -> NoReturn:
 def _print_results(results: SweepResults, as_json: bool) -> None:
     frame = results.frame()
     if as_json:
-        _out(frame.to_json(orient="records", indent=2, default_handler=str))
+        to_out(frame.to_json(orient="records", indent=2, default_handler=str))
         return
     from tune_easytrain.results import summary_rows
 
     headings, rows = summary_rows(frame, results.metric, results.varied_keys())
-    _print_table(headings, rows)
+    print_table(headings, rows)
     best = results.best()
     if best is not None:
-        _out(f"Best {results.metric}: {best[f'{results.metric}_best']:.4g} ({best['trial_id']})")
-    _out(f"All {frame.shape[1]} columns: tune-easytrain results {results.run_dir} --csv results.csv")
-
-
-def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))  # a string would be read as markup
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to fit: nothing may be cut off
-        console = Console(width=_PIPE_WIDTH)
-    console.print(table, markup=False, highlight=False)
-
-
-def _out(text: str) -> None:
-    typer.echo(text)
-
-
-def _err(text: str) -> None:
-    typer.echo(text, err=True)
+        to_out(f"Best {results.metric}: {best[f'{results.metric}_best']:.4g} ({best['trial_id']})")
+    place = shlex.quote(results.place)
+    to_out(f"All {frame.shape[1]} columns: tune-easytrain results {place} --csv results.csv")
 
 
 if __name__ == "__main__":

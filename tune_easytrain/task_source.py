@@ -56,7 +56,7 @@ def load_function(name: str, *, key: str, project_root: Path, sweep_dir: Path) -
     """
     place, _, function_name = name.rpartition(":")
     if place.endswith(".py"):
-        module = _import_file(_find_file(place, key, project_root, sweep_dir), key, name)
+        module = _import_file(find_file(place, key, project_root, sweep_dir).resolve(), key, name)
     else:
         module = _import_module(place, key, name, project_root)
     function = getattr(module, function_name, None)
@@ -90,7 +90,8 @@ def pickle_function(function: Callable[..., Any], key: str) -> bytes:
     return payload
 
 
-def _find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Path:
+def find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Path:
+    """Return the file that a sweep file names under `key`; raises TaskError where there is none."""
     path = Path(place).expanduser()
     if path.is_absolute():
         candidates = [path]
@@ -101,7 +102,7 @@ def _find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Pat
         candidates = [folder / path for folder in dict.fromkeys([*within, project_root])]
     for candidate in candidates:
         if candidate.is_file():
-            return candidate.resolve()
+            return candidate
     looked = ", ".join(str(candidate) for candidate in candidates)
     raise TaskError(f"{key}: there is no file {place}; looked for {looked}")
 

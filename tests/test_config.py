@@ -210,7 +210,7 @@ ALONE = [
     (SIZE + "trial:\n  num_workers: 2\n  resources:\n    gpu: 0.5\n", 3, "trial.num_workers",
      "2 workers cannot share GPUs (0.5 each)", "write resources: {gpu: 1}"),
     # run
-    (SIZE + "run:\n  storage: s3://b/x\n", 3, "run.storage", "'s3://b/x' is a URL", "a path that all nodes see"),
+    (SIZE + "run:\n  storage: ftp://b/x\n", 3, "run.storage", "ftp:// is no storage", "s3://"),
     (SIZE + "run:\n  mode: biggest\n", 3, "run.mode", "'biggest'", "min, max"),
     (SIZE + "run:\n  metric: ' '\n", 3, "run.metric", "' ' is blank", "name"),
     (SIZE + "run:\n  num_samples: 3\n", 3, "run.num_samples", "3 samples", "distribution"),

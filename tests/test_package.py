@@ -12,7 +12,9 @@ import tune_easytrain
 
 WORKER_MODULES = (
     "trial", "trial_children", "child_process", "protocol", "probe", "settings", "events", "trial_space",
+    "run_directory", "storage",
 )  # fmt: skip
+HEAVY = {"torch", "ray", "pandas", "pyarrow"}
 
 
 def modules_after(code: str) -> set[str]:
@@ -33,13 +35,13 @@ assert result.exit_code == 0 and "validate" in result.output, result.output
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
-        pytest.param("import tune_easytrain", {"torch", "ray", "pandas", "pydantic"}, id="package"),
-        pytest.param("import tune_easytrain.config", {"torch", "ray", "pandas"}, id="config"),
-        pytest.param(HELP, {"torch", "ray", "pandas", "pydantic"}, id="help"),
+        pytest.param("import tune_easytrain", {*HEAVY, "pydantic"}, id="package"),
+        pytest.param("import tune_easytrain.config", HEAVY, id="config"),
+        pytest.param(HELP, {*HEAVY, "pydantic"}, id="help"),
         pytest.param("import tune_easytrain.device_session", {"ray", "pydantic", "pandas"}, id="device"),
         pytest.param("import tune_easytrain.results", {"torch", "ray"}, id="results"),
         *(
-            pytest.param(f"import tune_easytrain.{name}", {"torch", "ray", "pydantic", "yaml"}, id=name)
+            pytest.param(f"import tune_easytrain.{name}", {*HEAVY, "pydantic", "yaml"}, id=name)
             for name in WORKER_MODULES
         ),
     ],

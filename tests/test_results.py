@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from pandas.api.types import is_object_dtype
 
 from tune_easytrain.config import load_config
-from tune_easytrain.errors import RunDirectoryError
+from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import (
     Created,
     Event,
@@ -191,6 +192,41 @@ def test_the_csv_holds_the_frame(tmp_path: Path) -> None:
     assert list(back.columns) == list(results.frame().columns)
     assert back["num_samples"].tolist()[0] == 40
     assert back["state"].tolist() == ["finished", "pending"]
+
+
+def test_parquet_keeps_the_columns_types(tmp_path: Path) -> None:
+    trials = [
+        finished(epoch(1, 0.5), config=trial_config(mixed=value, lists=[1, 2], some=some, flag=flag))
+        for value, some, flag in ((1, 7, True), ("one", None, None), ([1, "a"], 9, False))
+    ]
+    trials.append([Created(config=trial_config("large"))])
+    results = make_run(tmp_path, trials)
+    frame = results.frame()
+    results.save_parquet(tmp_path / "results.parquet")
+    back = pd.read_parquet(tmp_path / "results.parquet")
+    assert list(back.columns) == list(frame.columns)
+    assert len(back) == len(frame) == 4
+    kept = [name for name, dtype in frame.dtypes.items() if not is_object_dtype(dtype)]
+    assert {column.name for column in COLUMNS} <= set(kept)
+    pd.testing.assert_frame_equal(back[kept], frame[kept])
+    assert back["mixed"].fillna("").tolist() == ["1", '"one"', '[1, "a"]', ""]
+    assert back["lists"].fillna("").tolist() == ["[1, 2]"] * 3 + [""]
+    assert back["flag"].dtype == "boolean"
+    assert back["flag"].isna().tolist() == [False, True, False, True]
+    assert back["some"].dropna().tolist() == [7, 9]
+
+
+def test_parquet_of_no_trials_has_the_same_columns(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [])
+    results.save_parquet(tmp_path / "results.parquet")
+    assert list(pd.read_parquet(tmp_path / "results.parquet").columns) == list(results.frame().columns)
+
+
+def test_a_file_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
+    results = make_run(tmp_path, [])
+    for save in (results.save_csv, results.save_parquet):
+        with pytest.raises(BadInputError, match="choose another file"):
+            save(tmp_path / "missing" / "results")
 
 
 def test_results_can_be_read_while_the_sweep_runs(tmp_path: Path) -> None:

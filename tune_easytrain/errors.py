@@ -97,8 +97,61 @@ class DataError(BadInputError):
     """The data a task needs is not there or not usable."""
 
 
+class StorageError(BadInputError):
+    """A place for run directories that cannot be used; `problem` names it, `remedy` says what to do."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
+
 class RunDirectoryError(BadInputError):
     """A folder that is not a usable run directory."""
+
+
+class PreflightError(BadInputError):
+    """A sweep that could not run on the cluster; `faults` lists everything that is wrong, a line each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__(list(faults))
+        self.faults = list(faults)
+
+    def __str__(self) -> str:
+        if len(self.faults) == 1:
+            return self.faults[0]
+        return "\n".join([f"{len(self.faults)} faults:", *(f"  {fault}" for fault in self.faults)])
+
+
+class UnsavedResultsError(TuneEasyTrainError):
+    """A sweep is over, and its storage has not taken everything. Nothing is lost: a local copy has it."""
+
+    def __init__(self, place: str, copy: str, num_files: int, reason: str) -> None:
+        super().__init__(place, copy, num_files, reason)
+        self.place, self.copy, self.num_files, self.reason = place, copy, num_files, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_files} files could not be written to {self.place} ({self.reason}). Nothing is lost: "
+            f"all events are in {self.copy}. When the storage is back, `tune-easytrain resume {self.copy}` "
+            f"uploads them; `tune-easytrain results {self.copy}` shows the results now"
+        )
+
+
+class StorageLostError(TuneEasyTrainError):
+    """A sweep ended early, as Ray Tune needed its storage and that did not come back."""
+
+    def __init__(self, place: str, copy: str, reason: str) -> None:
+        super().__init__(place, copy, reason)
+        self.place, self.copy, self.reason = place, copy, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.place} did not come back when Ray Tune needed it ({self.reason}). What has ended is "
+            f"kept: when the storage is back, `tune-easytrain resume {self.copy}` goes on"
+        )
 
 
 class InsufficientResourcesError(BadInputError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ray import tune
 from ray.util.queue import Queue
 
 from tune_easytrain.events import Event, Failed, Finished, Stopped, TrainingEnded, append_events
+from tune_easytrain.mirror import Mirror
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import TrialRecord
 
@@ -26,6 +27,8 @@ class SweepRecorder:
         records: what is known of the trials so far, by id; ended ones are not touched any more.
         watch: told of every event, with the trial as it then stands.
         on_end: told of every trial that Ray is done with, in whatever way it ended.
+        on_step: given all of Ray's trials, time and again; what it raises ends the sweep.
+        mirror: uploads the files, where the run directory is in an object store.
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class SweepRecorder:
         records: Mapping[str, TrialRecord],
         watch: Watch | None = None,
         on_end: Callable[[str], object] | None = None,
+        on_step: Callable[[Sequence[Any]], object] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self._directory = directory
         self._records = dict(records)
@@ -41,6 +46,8 @@ class SweepRecorder:
         self._reasons: dict[str, str] = {}
         self._watch = watch
         self._on_end = on_end
+        self._on_step = on_step
+        self._mirror = mirror
         self._queue: Queue | None = None
         self._last_drain = 0.0
 
@@ -55,12 +62,20 @@ class SweepRecorder:
             self._reasons[trial_id] = event.reason
         if record.state.is_final:
             self._ended.add(trial_id)
+        if self._mirror is not None:
+            self._mirror.note(trial_id, is_urgent=record.state.is_final)
         if self._watch is not None:
             self._watch(record, event)
 
     def listen_to(self, queue: Queue) -> None:
         """Take the events that workers put into `queue` from now on."""
         self._queue = queue
+
+    def step(self, trials: Sequence[Any]) -> None:
+        """Write what workers have sent, and let the sweep look at how its trials stand."""
+        self.drain()
+        if self._on_step is not None:
+            self._on_step(trials)
 
     def drain(self, *, force: bool = False) -> None:
         """Write what workers have sent; at most ten times a second unless forced."""
@@ -72,6 +87,12 @@ class SweepRecorder:
         if num_waiting:
             for trial_id, event in self._queue.get_nowait_batch(num_waiting):
                 self.record(trial_id, event)
+
+    def catch_up(self) -> None:
+        """Write what workers have sent, and give the mirror, if there is one, a few seconds to upload it."""
+        if self._mirror is not None:
+            self.drain(force=True)
+            self._mirror.flush()
 
     def complete(self, trial_id: str) -> None:
         """Note that Ray is done with a trial: it finished, or the scheduler stopped it."""
@@ -98,18 +119,25 @@ class SweepCallback(tune.Callback):
     """Ray Tune's callback of one sweep. Ray pickles it, so it only names its recorder."""
 
     recorders: ClassVar[dict[str, SweepRecorder]] = {}
-    """The recorders of the sweeps that this process drives, by run directory."""
+    """The recorders of the sweeps that this process drives, by the key of the run directory."""
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, key: str) -> None:
+        self._key = key
 
     @property
     def _recorder(self) -> SweepRecorder:
-        return self.recorders[self._run_dir]
+        return self.recorders[self._key]
+
+    def get_state(self) -> None:
+        """Have the events stored before the state that Ray is about to store; there is none of its own.
+
+        Ray's state would otherwise know of trials that ended, and of checkpoints, which the events do not.
+        """
+        self._recorder.catch_up()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Write what has come in."""
-        self._recorder.drain()
+        self._recorder.step(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the trial's record."""

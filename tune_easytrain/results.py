@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import pandas as pd
+from pandas.api.types import is_object_dtype
 
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import BadInputError
@@ -74,6 +76,7 @@ column per key (`model.type`); behind all of them the metrics, two columns each 
 `memory.` keys."""
 
 _IDENTITY = ("trial_id", "state", "error")
+_SCALAR_DTYPES = ((str, "string"), (bool, "boolean"), (int, "Int64"), (float, "Float64"))
 
 
 class SweepResults:
@@ -87,8 +90,13 @@ class SweepResults:
 
     @property
     def run_dir(self) -> Path:
-        """The run directory."""
+        """The run directory; for one in an object store its copy on this machine, without checkpoints."""
         return self._directory.path
+
+    @property
+    def place(self) -> str:
+        """The run directory as a path or, where it is in an object store, its URL."""
+        return self._directory.place
 
     def sweep(self) -> dict[str, Any]:
         """Return the sweep as it was run, every default filled in."""
@@ -96,6 +104,7 @@ class SweepResults:
 
     def records(self) -> list[TrialRecord]:
         """Return every trial as it stands now, in the sweep's order."""
+        self._directory.refresh()
         return [
             TrialRecord.from_events(trial_id, load_events(self._directory.trial_path(trial_id)))
             for trial_id in self._directory.trial_ids()
@@ -130,6 +139,16 @@ class SweepResults:
         except OSError as error:
             raise BadInputError(f"cannot write {path}: {error}; choose another file") from None
 
+    def save_parquet(self, path: str | Path) -> None:
+        """Write the frame as Parquet; raises BadInputError where the file cannot be written.
+
+        Columns keep their dtype. One whose values differ in type, or are lists, holds them as JSON texts.
+        """
+        try:
+            typed_columns(self.frame()).to_parquet(path, index=False, engine="pyarrow")
+        except OSError as error:
+            raise BadInputError(f"cannot write {path}: {error}; choose another file") from None
+
     def _config_keys(self) -> list[str]:
         sweep = self.sweep()
         settings = {name: sweep[name] for name in SECTION_NAMES}
@@ -139,9 +158,9 @@ class SweepResults:
 
 
 def load_results(run_dir: str | Path) -> SweepResults:
-    """Open the results of a sweep, finished or still running.
+    """Open the results of a sweep, finished or still running, by the run directory's path or URL.
 
-    Raises RunDirectoryError where the folder is no run directory.
+    Raises RunDirectoryError where it is no run directory, StorageError where a store cannot be read.
     """
     return SweepResults(RunDirectory.open(run_dir))
 
@@ -169,6 +188,33 @@ def build_frame(
     frame = pd.DataFrame(rows, columns=columns)
     dtypes = {column.name: column.dtype for column in COLUMNS} | dict.fromkeys(metric_columns, "float64")
     return frame.astype(cast("dict[str, Any]", dtypes))
+
+
+def typed_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with one type in every column, as files with typed columns need.
+
+    A column of mixed values (`object`) gets the nullable dtype of its values where they are of one type, and
+    else holds their JSON texts; what is missing stays missing.
+    """
+    typed = frame.copy()
+    for position, dtype in enumerate(frame.dtypes):
+        if is_object_dtype(dtype):
+            typed.isetitem(position, _typed(frame.iloc[:, position]).array)
+    return typed
+
+
+def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
+    values = [None if _is_missing(value) else value for value in column]
+    kinds = {type(value) for value in values if value is not None}
+    for kind, dtype in _SCALAR_DTYPES:
+        if kinds <= {kind}:
+            return pd.Series(values, index=column.index, dtype=cast("Any", dtype))
+    texts = [None if value is None else json.dumps(value, default=str) for value in values]
+    return pd.Series(texts, index=column.index, dtype="string")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
 
 
 def summary_rows(frame: pd.DataFrame, metric: str, keys: Iterable[str]) -> tuple[list[str], list[list[str]]]:

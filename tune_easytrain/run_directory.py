@@ -7,36 +7,59 @@
 | `train_function.pkl`| driver, once                | the user's own training function, if any        |
 | `trials/<id>.jsonl` | driver, one event a line    | everything that happened to a trial             |
 | `ray/`              | Ray Tune                    | its own state, and the trials' checkpoints      |
+
+In an object store it looks the same, with the file `writer` (`local_copy.py`) beside it. `RunDirectory.path`
+is then a copy on this machine, without `ray/`: Ray writes to the store itself, `mirror.py` uploads the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tune_easytrain.errors import RunDirectoryError
+from tune_easytrain.errors import RunDirectoryError, StorageError
+from tune_easytrain.local_copy import copy_path, fetch, fetch_file, load_driver
+from tune_easytrain.storage import Storage
+
+_REFRESH_SECONDS = 2.0
 
 
 class RunDirectory:
-    """One sweep's folder. Nobody else joins path strings inside it."""
+    """One sweep's folder. Nobody else joins path strings inside it.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: the folder; for a run directory in an object store its copy on this machine.
+        storage: the run directory in the object store; None: the folder is all there is.
+    """
+
+    def __init__(self, path: str | Path, storage: Storage | None = None) -> None:
         self.path = Path(path).expanduser().resolve()
+        self.storage = storage
+        self._is_followed = False
+        self._last_fetch = float("-inf")
 
     @classmethod
     def create(cls, storage: str | Path, name: str) -> RunDirectory:
         """Make a new folder `<storage>/<name>_<date>_<time>`, numbered where that exists already.
 
-        Raises RunDirectoryError where the storage cannot be written.
+        Where the storage is a URL only the copy on this machine is made. Raises RunDirectoryError where the
+        storage cannot be written, StorageError where a store does not answer.
         """
         stem = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        base = Path(storage).expanduser().resolve()
+        place = Storage.at(storage)
+        base = Path(place.place) if place.url is None else copy_path(place / stem).parent
         for number in range(1, 1000):
-            directory = cls(base / (stem if number == 1 else f"{stem}_{number}"))
+            run = place / (stem if number == 1 else f"{stem}_{number}")
+            directory = cls(run.place) if run.url is None else cls(copy_path(run), run)
+            if directory._is_stored:
+                continue
             try:
                 directory.path.mkdir(parents=True)
                 directory.trials_dir.mkdir()
@@ -53,14 +76,78 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """Return an existing run directory; raises RunDirectoryError where there is none."""
-        directory = cls(path)
+        """Return an existing run directory, by its path, its URL, or the path of its copy on this machine.
+
+        From an object store the sweep and the trials' events are fetched.
+
+        Raises RunDirectoryError where there is none, StorageError where a store does not answer.
+        """
+        place = Storage.at(path)
+        if place.url is not None:
+            directory = cls(copy_path(place), place)
+            directory._is_followed = True
+            directory.refresh()
+        else:
+            driver = load_driver(Path(place.place))
+            directory = cls(place.place, None if driver is None else Storage.at(driver.url))
         if not directory.sweep_path.is_file():
-            raise RunDirectoryError(
-                f"{directory.path} is not a run directory: it has no {directory.sweep_path.name}; "
-                "give the folder that `tune-easytrain run` printed"
-            )
+            raise directory._not_a_run()
         return directory
+
+    def _not_a_run(self) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.place} is not a run directory: it has no {self.sweep_path.name}; "
+            "give the folder or the URL that `tune-easytrain run` printed"
+        )
+
+    def refresh(self) -> None:
+        """Fetch what has changed in the object store, if it was opened by its URL; every 2 s at most.
+
+        Raises as `open` does.
+        """
+        now = time.monotonic()
+        if self.storage is None or not self._is_followed or now - self._last_fetch < _REFRESH_SECONDS:
+            return
+        try:
+            fetch(self.storage, self.path, self.sweep_path.name, self.trials_dir.name)
+        except FileNotFoundError:
+            raise self._not_a_run() from None
+        except StorageError as error:
+            if load_driver(self.path) is None:
+                raise
+            raise StorageError(error.problem, f"{error.remedy}; a copy is in {self.path}") from None
+        self._last_fetch = time.monotonic()
+
+    @property
+    def place(self) -> str:
+        """Where the run directory is, as a user is told and may give it back: a path, or a URL."""
+        return str(self.path if self.storage is None else self.storage)
+
+    @property
+    def base(self) -> str:
+        """The place that the run directory is in: the sweep's `run.storage`, or where it is by now."""
+        return str(self.path.parent if self.storage is None else self.storage.parent)
+
+    @property
+    def key(self) -> str:
+        """What tells the run directory apart on every machine that goes on with it."""
+        return str(self.path) if self.storage is None else self.storage.key
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the sweep."""
+        return f"tune-easytrain resume {shlex.quote(self.place)}"
+
+    @property
+    def ray_place(self) -> tuple[str, Any]:
+        """Path and file system (None: the local one) of Ray Tune's own folder for this sweep."""
+        storage = self.storage or Storage(str(self.path))
+        return storage.ray_place(self.ray_dir.name)
+
+    @property
+    def _is_stored(self) -> bool:
+        """Whether an object store has a run directory of this name already."""
+        return self.storage is not None and self.sweep_path.name in self.storage.files("")
 
     @property
     def sweep_path(self) -> Path:
@@ -84,7 +171,7 @@ class RunDirectory:
 
     @property
     def ray_dir(self) -> Path:
-        """Ray Tune's own folder for this sweep."""
+        """Ray Tune's own folder for this sweep, where the run directory is not in an object store."""
         return self.path / "ray"
 
     def trial_path(self, trial_id: str) -> Path:
@@ -115,11 +202,14 @@ class RunDirectory:
 
     def load_functions(self) -> tuple[bytes | None, bytes | None]:
         """Return the pickled `build_task` and training function, None for what the sweep has not."""
-        task, function = (
-            path.read_bytes() if path.is_file() else None
-            for path in (self.task_path, self.train_function_path)
-        )
+        task, function = (self._load_function(path) for path in (self.task_path, self.train_function_path))
         return task, function
+
+    def _load_function(self, path: Path) -> bytes | None:
+        if self.storage is not None and not path.is_file():  # only `resume` needs them
+            with contextlib.suppress(FileNotFoundError):
+                fetch_file(self.storage, self.path, path.name)
+        return path.read_bytes() if path.is_file() else None
 
 
 def trial_id(index: int) -> str:

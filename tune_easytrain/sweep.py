@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ from ray.util.queue import Queue
 from rich.console import Console
 
 from tune_easytrain.child_process import slow_modules_in_use
-from tune_easytrain.cluster import check_local_gpu, check_resources, placement, ray_session, resource_bundle
+from tune_easytrain.cluster import beside_driver, check_local_gpu, placement, ray_session
 from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.errors import InsufficientResourcesError, StorageLostError
 from tune_easytrain.events import Created, load_events
 from tune_easytrain.inline import run_trials_inline
+from tune_easytrain.mirror import Mirror, mirrored
 from tune_easytrain.model_check import check_models
 from tune_easytrain.optional_packages import check_packages
+from tune_easytrain.pending_watch import PendingWatch
+from tune_easytrain.preflight import prepare_cluster
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
 from tune_easytrain.progress import Progress, say_lines
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
@@ -35,11 +41,13 @@ from tune_easytrain.search_space import (
     varied_keys,
 )
 from tune_easytrain.shared_probe_cache import start_probe_cache
+from tune_easytrain.storage import Storage
 from tune_easytrain.sweep_plan import build_plan
 from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
 from tune_easytrain.trial_record import TrialRecord
+from tune_easytrain.trial_request import TrialRequests
 
 
 def run(
@@ -74,6 +82,9 @@ def run(
     if not debug:  # which draws at random and stops nothing
         check_packages(config)
     console = Console(stderr=True, quiet=quiet)
+    storage = Storage.at(config.run.storage)
+    if storage.is_remote:
+        storage.check()
     say_lines(console, build_plan(config, max_experiments).describe())
     task, function = load_sweep_functions(config, build_task)
     if task is not None:
@@ -83,18 +94,17 @@ def run(
         check_local_gpu(config.trial)
         directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
-        with _display(config, records, console) as progress:
-            recorder = SweepRecorder(directory, records, progress.watch)
+        with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
+            recorder = SweepRecorder(directory, records, progress.watch, mirror=mirror)
             run_trials_inline(config, task, function, recorder, max_experiments)
         return SweepResults(directory)
     with ray_session(address, config.run.working_dir):
-        check_resources(config.trial)
+        requests = prepare_cluster(config, task, max_experiments, console)
         directory = _create(config, task, function, max_experiments)
         say_lines(
-            console,
-            [f"Run directory: {directory.path}", f"If interrupted: tune-easytrain resume {directory.path}"],
+            console, [f"Run directory: {directory.place}", f"If interrupted: {directory.resume_command}"]
         )
-        _fit(config, directory, max_experiments, console)
+        _fit(config, directory, requests, max_experiments, console)
     return SweepResults(directory)
 
 
@@ -104,18 +114,25 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     Raises RunDirectoryError where the folder is no run directory, BadInputError as `run` does.
     """
     directory = RunDirectory.open(run_dir)
-    config = load_config(directory.load_sweep())
+    sweep = directory.load_sweep()
+    sweep["run"]["storage"] = directory.base  # it may have moved
+    config = load_config(sweep)
     check_packages(config)
     max_experiments = max(1, len(list(directory.trial_ids())) // num_repeats(config))
+    console = Console(stderr=True, quiet=quiet)
     with ray_session(address, config.run.working_dir):
-        check_resources(config.trial)
-        _fit(config, directory, max_experiments, Console(stderr=True, quiet=quiet))
+        requests = prepare_cluster(config, directory.load_functions()[0], max_experiments, console)
+        _fit(config, directory, requests, max_experiments, console)
     return SweepResults(directory)
 
 
 def _display(config: SweepConfig, records: Mapping[str, TrialRecord], console: Console) -> Progress:
     keys = varied_keys(config) or grid_keys(config)[:1]
     return Progress(console, config.run.metric, keys, records.values())
+
+
+def _mirrored(directory: RunDirectory, console: Console) -> AbstractContextManager[Mirror | None]:
+    return mirrored(directory, lambda line: say_lines(console, [line]))
 
 
 def _create(
@@ -141,43 +158,71 @@ def _load_trials(directory: RunDirectory) -> tuple[dict[str, TrialRecord], list[
     return records, evidence
 
 
-def _fit(config: SweepConfig, directory: RunDirectory, max_experiments: int, console: Console) -> None:
+def _fit(
+    config: SweepConfig,
+    directory: RunDirectory,
+    requests: TrialRequests,
+    max_experiments: int,
+    console: Console,
+) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records, evidence = _load_trials(directory)
-    events = Queue(actor_options={"num_cpus": 0})
-    probe_cache = start_probe_cache(evidence)
-    trainable = _trainable(config, directory, events, probe_cache, records)
-    run_dir = str(directory.path)
-    with _display(config, records, console) as progress:
-        recorder = SweepRecorder(directory, records, progress.watch, probe_cache.release.remote)
+    events = Queue(actor_options=beside_driver())
+    probe_cache = start_probe_cache(evidence, beside_driver())
+    trainable = _trainable(config, directory, requests, events, probe_cache, records)
+    ray_path, filesystem = directory.ray_place
+    with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
+        pending = PendingWatch(requests.all)
+        on_end, on_step = probe_cache.release.remote, pending.look
+        recorder = SweepRecorder(directory, records, progress.watch, on_end, on_step, mirror)
         recorder.listen_to(events)
-        SweepCallback.recorders[run_dir] = recorder
+        SweepCallback.recorders[directory.key] = recorder
         try:
-            if tune.Tuner.can_restore(str(directory.ray_dir)):
-                tuner = tune.Tuner.restore(str(directory.ray_dir), trainable, resume_unfinished=True)
+            if tune.Tuner.can_restore(ray_path, filesystem):
+                tuner = tune.Tuner.restore(
+                    ray_path, trainable, resume_unfinished=True, storage_filesystem=filesystem
+                )
             else:  # a new sweep, or one whose driver died before Ray had saved anything
                 tuner = _new_tuner(config, directory, trainable, max_experiments)
             tuner.fit()
+        except InsufficientResourcesError as error:
+            raise InsufficientResourcesError(
+                f"{error}. What has ended is kept: {directory.resume_command}"
+            ) from None
+        except (OSError, tune.TuneError) as error:  # of Ray's own; what a trial raises is one of its events
+            reason = _storage_failure(error)
+            if directory.storage is None or reason is None:
+                raise
+            raise StorageLostError(directory.place, str(directory.path), reason) from error
         finally:
             recorder.drain(force=True)
-            del SweepCallback.recorders[run_dir]
+            del SweepCallback.recorders[directory.key]
             events.shutdown(force=True)
             ray.kill(probe_cache)
+
+
+def _storage_failure(error: OSError | tune.TuneError) -> str | None:
+    """Return in a line what failed in Ray's storage; None where it was something else."""
+    lines = [line for line in str(error).splitlines() if line.strip()]  # a TuneError holds a traceback
+    if not lines or not (isinstance(error, OSError) or lines[-1].startswith("OSError: ")):
+        return None
+    return lines[-1].removeprefix("OSError: ").partition(";")[0]
 
 
 def _trainable(
     config: SweepConfig,
     directory: RunDirectory,
+    requests: TrialRequests,
     events: Queue,
     probe_cache: Any,
     records: Mapping[str, TrialRecord],
 ) -> Any:
     task, function = directory.load_functions()
+    space = build_trial_space(config)
     shared = SweepShared(
-        space=build_trial_space(config),
+        space=space,
         task_payload=task,
         function_payload=function,
-        resources=resource_bundle(config.trial),
         num_workers=config.trial.num_workers,
         metric=config.run.metric,
         mode=config.run.mode,
@@ -186,7 +231,10 @@ def _trainable(
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
         preloaded_modules=slow_modules_in_use(),
     )
-    return tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), placement(config.trial))
+    return tune.with_resources(
+        tune.with_parameters(SweepTrial, shared=shared),
+        lambda params: placement(requests.of(space.point_from_ray(params))),
+    )
 
 
 def _new_tuner(
@@ -208,9 +256,10 @@ def _new_tuner(
             trial_dirname_creator=trial_name,
         ),
         run_config=tune.RunConfig(
-            name=directory.ray_dir.name,
-            storage_path=str(directory.ray_dir.parent),
-            callbacks=[SweepCallback(str(directory.path))],
+            name=posixpath.basename(directory.ray_place[0]),
+            storage_path=posixpath.dirname(directory.ray_place[0]),
+            storage_filesystem=directory.ray_place[1],
+            callbacks=[SweepCallback(directory.key)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=num_checkpoints_kept(config)),
             verbose=0,
         ),

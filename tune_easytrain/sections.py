@@ -239,7 +239,6 @@ class ResourcesConfig(Section):
             raise fail(f"{value:g} GPUs cannot be given: {reason}", f"write {int(value)} or {int(value) + 1}")
         return float(value)
 
-
     @property
     def device(self) -> str:
         """Where one trial alone trains, as torch calls it; `auto`: on a GPU where there is one."""

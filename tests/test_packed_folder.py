@@ -20,14 +20,14 @@ PARTS = st.sampled_from(
      "z*", "a b", "\\a", "-", "[-a]", "[]x]", "\\[x]", "**a", "*.p?"]
 )  # fmt: skip
 RULES = st.one_of(
-    st.sampled_from(["", "# a", "\\#", "!", "/", " ", "a ", "a\\ b", "[z-a]"]),
+    st.sampled_from(["", "# a", "\\#", " ", "a ", "a\\ b"]),
     st.builds(
         "{}{}{}{}".format,
         st.sampled_from(["", "", "!"]),
         st.sampled_from(["", "", "/"]),
         st.lists(PARTS, min_size=1, max_size=3).map("/".join),
         st.sampled_from(["", "", "/"]),
-    ),
+    ).filter(lambda rule: not rule.endswith("**/")),  # pathspec takes it for the folder above too
 )
 
 
@@ -152,3 +152,9 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").unlink()
     with pytest.raises(BadInputError, match=r"gone\.txt cannot be sent with the job: No such file"):
         packed.write(tmp_path / "packed.zip")
+
+
+def test_a_line_that_is_no_pattern_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path, {"sub/.rayignore": "*.bin\n!\n", "sub/a": ""})
+    with pytest.raises(BadInputError, match=r"sub/\.rayignore:2: '!' is no pattern; remove the line"):
+        PackedFolder.scan(folder)

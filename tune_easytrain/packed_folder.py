@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pathspec.patterns.gitignore import GitIgnorePatternError
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
+
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import BadInputError
-from tune_easytrain.ignore_rules import IgnoreRules
+
+_Rules = tuple[PurePosixPath, Sequence[GitIgnoreSpecPattern]]
+"""A folder, and the lines of its ignore files, which speak of the paths in it; the last that does decides."""
 
 MAX_BYTES = 500 * 2**20
 """Most bytes that a job may bring along; Ray itself refuses an archive of 512 MiB, after it has been sent."""
@@ -22,15 +27,8 @@ NEVER_PACKED = frozenset({".git", ".venv", "venv", "__pycache__"})
 _ENVIRONMENT_MARK = "pyvenv.cfg"
 _NUM_BIGGEST = 5
 
-
-_DATE = (
-    1980,
-    1,
-    1,
-    0,
-    0,
-    0,
-)  # the archive depends on nothing but content, so Ray sends an equal one only once
+_DATE = (1980, 1, 1, 0, 0, 0)
+"""The date of every file: the archive depends on nothing but content, so Ray sends an equal one only once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ def _files(
     root: Path,
     left_out: Collection[PurePosixPath],
     folder: PurePosixPath,
-    rules: tuple[IgnoreRules, ...],
+    rules: tuple[_Rules, ...],
     above: frozenset[Path],
 ) -> Iterator[tuple[PurePosixPath, int]]:
     """Yield what travels of a folder, with its bytes.
@@ -119,7 +117,7 @@ def _files(
     place = (root / folder).resolve()
     if place in above:
         return
-    rules += (IgnoreRules.load(folder, *(root / folder / name for name in IGNORE_FILES)),)
+    rules += ((folder, _load_rules(root / folder)),)
     for entry in os.scandir(root / folder):
         path = folder / entry.name
         is_dir = entry.is_dir()
@@ -132,6 +130,24 @@ def _files(
             yield from _files(root, left_out, path, rules, above | {place})
 
 
-def _is_ignored(path: PurePosixPath, is_folder: bool, rules: tuple[IgnoreRules, ...]) -> bool:
-    verdicts = (nearest.verdict(path, is_folder) for nearest in reversed(rules))
-    return next((verdict for verdict in verdicts if verdict is not None), False)
+def _load_rules(folder: Path) -> list[GitIgnoreSpecPattern]:
+    files = [folder / name for name in IGNORE_FILES]
+    patterns = []
+    for file in files:
+        lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                patterns.append(GitIgnoreSpecPattern(line))
+            except GitIgnorePatternError:
+                raise BadInputError(f"{file}:{number}: {line!r} is no pattern; remove the line") from None
+    return patterns
+
+
+def _is_ignored(path: PurePosixPath, is_folder: bool, rules: tuple[_Rules, ...]) -> bool:
+    """Return what the nearest ignore file says that speaks of the path."""
+    for folder, patterns in reversed(rules):
+        name = f"{path.relative_to(folder)}{'/' if is_folder else ''}"
+        for pattern in reversed(patterns):
+            if pattern.include is not None and pattern.match_file(name):
+                return pattern.include
+    return False

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -30,6 +29,25 @@ def make_data(num_samples: int, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(num_samples, NUM_FEATURES, generator=generator)
     return TensorDataset(features, (features.sum(1) > 0).long())
+
+
+class Accuracy(nn.Module):
+    """What torchmetrics' MulticlassAccuracy is; to import that in every process takes longer than torch."""
+
+    sync_on_compute = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2))
+
+    def update(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
+        hits = prediction.argmax(1) == target
+        self.counts += torch.stack([hits.sum(), torch.tensor(len(hits))])
+
+    def compute(self) -> torch.Tensor:
+        if self.sync_on_compute:
+            torch.distributed.all_reduce(self.counts)
+        return self.counts[0] / self.counts[1]
 
 
 def build_task(config: dict[str, Any]) -> Task:
@@ -58,9 +76,7 @@ def build_task(config: dict[str, Any]) -> Task:
         train_data=lambda: make_data(num_samples),
         val_data=lambda: make_data(12, seed=1),
         predict=lambda model, batch: (model(batch[0]), batch[1]),
-        metrics={
-            "accuracy": lambda: torchmetrics.classification.MulticlassAccuracy(num_classes=2, average="micro")
-        },
+        metrics={"accuracy": Accuracy},
     )
 
 
@@ -78,6 +94,63 @@ def _misbehave(toy: dict[str, Any], model: nn.Module) -> None:
         time.sleep(3600)
     if toy.get("seconds_per_loss"):
         time.sleep(toy["seconds_per_loss"])
+
+
+class Numbered(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples of five numbers that know their own number."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._features = torch.randn(num_samples, 5, generator=torch.Generator().manual_seed(3)).double()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._features[index], torch.tensor(index)
+
+
+def build_exact_task(config: dict[str, Any]) -> Task:
+    """A net in float64 without anything random; `toy` says what happens to the process that reads a sample.
+
+    `toy.sample` is that sample's number; in training, once per file `toy.marker`, the process is killed, or
+    its memory runs out, when it is read for the `toy.visit`th time (default: the first).
+    """
+    toy = config.get("toy", {})
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        features, numbers = batch
+        if model.training and toy and toy["sample"] in numbers.tolist():
+            _happen_once(toy)
+        return model(features).square().mean()
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+    return Task(
+        model=model,
+        loss=loss,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.05),
+        train_data=lambda: Numbered(config["data"]["num_samples"]),
+        val_data=lambda: Numbered(7),
+        worst_case=lambda m: (torch.zeros(m, 5).double(), torch.full((m,), -1)),
+        predict=lambda model, batch: (torch.cat([-model(batch[0]), model(batch[0])], dim=1), batch[1] % 2),
+        metrics={"accuracy": Accuracy},
+    )
+
+
+def _happen_once(toy: dict[str, Any]) -> None:
+    visits = Path(f"{toy['marker']}_visits")
+    with visits.open("a") as file:
+        file.write("read\n")
+    if len(visits.read_text().splitlines()) < toy.get("visit", 1):
+        return
+    try:
+        Path(toy["marker"]).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    if toy["fault"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise torch.OutOfMemoryError("out of memory, as the test wants it")
 
 
 BYTES_PER_SAMPLE = 8 * 2**20

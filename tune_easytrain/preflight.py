@@ -50,7 +50,7 @@ def prepare_cluster(
     num_gpus = count_gpus(asked) if is_auto else 0
     if num_gpus:
         asked = asked.with_gpus(1.0)
-    (example,) = example_configs(config, 1)
+    example, *_ = example_configs(config, 1)  # a search algorithm has them all
     findings = check_cluster(Storage.at(config.run.storage), asked, task_payload, example)
     say_lines(console, dict.fromkeys(note for found in findings for note in found.notes))
     if not is_auto:

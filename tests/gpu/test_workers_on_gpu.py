@@ -13,14 +13,14 @@ import tune_easytrain as te
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-TASKS = Path(__file__).parents[1] / "integration" / "integration_tasks.py"
+TOYS = Path(__file__).parents[1] / "toys.py"
 
 
 def sweep(folder: Path, num_workers: int, sharding: str) -> dict[str, Any]:
     """E = 5 is 3 and 2 samples, in two and one micro-batches; the last window has one sample, on one rank."""
     return {
         "name": f"workers_{num_workers}_{sharding}",
-        "task": f"{TASKS}:build_exact_task",
+        "task": f"{TOYS}:build_exact_task",
         "config": {"data": {"num_samples": 16}, "hp": {"batch_size": 2}},
         "grid_search": {"grid": {"memory.sharding": [sharding]}},
         "batch": {"effective_batch_size": 5, "memory_budget": "1GiB"},

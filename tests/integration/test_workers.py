@@ -20,11 +20,10 @@ from tune_easytrain.task_source import load_sweep_functions
 from tune_easytrain.trial import TrialSpec, run_trial
 
 TOYS = Path(__file__).parents[1] / "toys.py"
-TASKS = Path(__file__).parent / "integration_tasks.py"
 
 
 class Case(NamedTuple):
-    """One trial; what `integration_tasks.build_exact_task` does when it reads `sample` for the nth time."""
+    """One trial; what `toys.build_exact_task` does when it reads `sample` for the nth time."""
 
     sharding: str = "none"
     microbatch_limit: int = 5
@@ -76,7 +75,7 @@ def sweep(folder: Path, num_workers: int, cases: tuple[Case, ...]) -> dict[str, 
     }
     return {
         "name": f"workers_{num_workers}",
-        "task": f"{TASKS}:build_exact_task",
+        "task": f"{TOYS}:build_exact_task",
         "config": {"data": {"num_samples": 16}},
         "grid_search": {"grid": grid, "pair": [list(grid)]},
         "batch": {"effective_batch_size": 5, "memory_budget": "512MiB"},

@@ -45,7 +45,7 @@ class Accuracy(nn.Module):
         self.counts += torch.stack([hits.sum(), torch.tensor(len(hits))])
 
     def compute(self) -> torch.Tensor:
-        if self.sync_on_compute:
+        if self.sync_on_compute and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.counts)
         return self.counts[0] / self.counts[1]
 

@@ -50,6 +50,7 @@ def test_several_workers_get_a_gpu_each() -> None:
     plan = packed(["small"], [2], num_workers=2)
     (asked,) = request_gpus(plan.trials, TrialRequest(num_workers=2), num_gpus=2)
     assert (asked.gpu, asked.num_workers, asked.shares_model) == (1.0, 2, False)
+    assert describe_packing([asked], plan) == ["GPUs by the estimate (a GPU): 1 × 2 GPUs"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from tune_easytrain.errors import RunDirectoryError
 from tune_easytrain.local_copy import copy_path, fetch, load_driver, note_complete, take_over, trim_copies
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.storage import Storage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.make_bucket("bucket")
-    yield server
-    server.stop()
 
 
 @pytest.fixture

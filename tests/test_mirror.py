@@ -17,14 +17,6 @@ PATIENCE_SECONDS = 60.0
 Machine = Callable[[str], None]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.make_bucket("bucket")
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def gate(server: S3Server) -> Iterator[Gate]:
     gate = Gate(server)

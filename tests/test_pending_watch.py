@@ -59,3 +59,4 @@ def test_it_waits_for_what_the_cluster_has() -> None:
     clock = Clock()
     watch = PendingWatch([TrialRequest(custom={"video_card": 1}), TrialRequest()], clock=clock)
     look_for(watch, clock, 3600, "PENDING")
+    assert clock.seconds == 3600  # it has looked to the end

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from s3_server import ENVIRONMENT, Gate, S3Server
 
 from tune_easytrain.errors import StorageError
 from tune_easytrain.storage import Storage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.make_bucket("bucket")
-    yield server
-    server.stop()
 
 
 @pytest.fixture(autouse=True)

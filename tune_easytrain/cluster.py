@@ -88,9 +88,12 @@ def beside_driver() -> dict[str, Any]:
 
     A sweep ends with its driver anyway; on any other node its actors would end it together with that node.
     """
-    node_id = ray.get_runtime_context().get_node_id()
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": strategy}
+    return on_node(ray.get_runtime_context().get_node_id())
+
+
+def on_node(node_id: str) -> dict[str, Any]:
+    """Return the options of an actor that uses up nothing, on that node and no other."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 
 def placement(request: TrialRequest) -> tune.PlacementGroupFactory:
@@ -125,9 +128,7 @@ def check_resources(request: TrialRequest) -> None:
         if amount > largest[name] + _TOLERANCE
     ]
     wanted = " and ".join(lacking) or f"{_describe(bundle)} together on one node"
-    hint = "lower trial.resources"
-    if "GPU" in bundle:
-        hint = "--set trial.resources.gpu=0 trains on the CPU"
+    hint = "--set trial.resources.gpu=0 trains on the CPU" if "GPU" in bundle else "lower trial.resources"
     there = "; ".join(_describe(node) for node in present) or "none"
     to_come = "; ".join(dict.fromkeys(_describe(node) for node in scalable))
     raise InsufficientResourcesError(
@@ -153,9 +154,10 @@ def check_local_gpu(trial: TrialConfig) -> None:
     """Raise InsufficientResourcesError where a trial asks for a GPU and this machine has none."""
     import torch
 
-    if trial.resources.gpu not in (0, "auto") and not torch.cuda.is_available():
+    gpu = trial.resources.gpu
+    if gpu and gpu != "auto" and not torch.cuda.is_available():
         raise InsufficientResourcesError(
-            f"trial.resources: each trial asks for {trial.resources.gpu} GPU, and torch sees none on this "
+            f"trial.resources: each trial asks for {gpu:g} GPU, and torch sees none on this "
             "machine; --set trial.resources.gpu=0 trains on the CPU"
         )
 

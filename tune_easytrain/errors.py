@@ -57,17 +57,25 @@ class Fault:
         return f"{where}{self.problem}" + (f"; {self.remedy}" if self.remedy else "")
 
 
-class ConfigError(BadInputError):
+class FaultsError(BadInputError):
+    """Several things that are wrong, told at once: one to a line where there are more than one."""
+
+    def __init__(self, faults: Sequence[object]) -> None:
+        super().__init__(list(faults))
+
+    def __str__(self) -> str:
+        faults = self.args[0]
+        if len(faults) == 1:
+            return str(faults[0])
+        return "\n".join([f"{len(faults)} faults:", *(f"  {fault}" for fault in faults)])
+
+
+class ConfigError(FaultsError):
     """A sweep file that cannot be run; `faults` lists everything wrong with it, in the file's order."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__(list(faults))
+        super().__init__(faults)
         self.faults = list(faults)
-
-    def __str__(self) -> str:
-        if len(self.faults) == 1:
-            return str(self.faults[0])
-        return "\n".join([f"{len(self.faults)} faults:", *(f"  {fault}" for fault in self.faults)])
 
 
 class UnknownNameError(BadInputError):
@@ -112,17 +120,12 @@ class RunDirectoryError(BadInputError):
     """A folder that is not a usable run directory."""
 
 
-class PreflightError(BadInputError):
+class PreflightError(FaultsError):
     """A sweep that could not run on the cluster; `faults` lists everything that is wrong, a line each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__(list(faults))
+        super().__init__(faults)
         self.faults = list(faults)
-
-    def __str__(self) -> str:
-        if len(self.faults) == 1:
-            return self.faults[0]
-        return "\n".join([f"{len(self.faults)} faults:", *(f"  {fault}" for fault in self.faults)])
 
 
 class UnsavedResultsError(TuneEasyTrainError):

@@ -45,8 +45,8 @@ def _request(
 
 def describe_packing(requests: Iterable[TrialRequest], plan: MemoryPlan) -> list[str]:
     """Return what people should know of it, in a line or two."""
-    counts = Counter((request.gpu, request.num_workers) for request in requests)
-    parts = [f"{count} × {_gpus(gpu, num_workers)}" for (gpu, num_workers), count in sorted(counts.items())]
+    counts = Counter((request.gpu, request.num_workers, request.shares_model) for request in requests)
+    parts = [f"{count} × {_gpus(*gpus)}" for gpus, count in sorted(counts.items())]
     lines = [f"GPUs by the estimate ({plan.accelerator.name}): {', '.join(parts)}"]
     num_unknown = sum(trial.estimate is None for trial in plan.trials)
     if num_unknown:
@@ -54,7 +54,7 @@ def describe_packing(requests: Iterable[TrialRequest], plan: MemoryPlan) -> list
     return lines
 
 
-def _gpus(gpu: float, num_workers: int) -> str:
+def _gpus(gpu: float, num_workers: int, shares_model: bool) -> str:
     if num_workers > 1:
-        return f"{num_workers} GPUs with the model shared out"
+        return f"{num_workers} GPUs{' with the model shared out' if shares_model else ''}"
     return "a whole GPU" if gpu == 1 else f"{gpu:g} of a GPU"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_easytrain.child_process import ChildProcess
+from tune_easytrain.cluster import on_node
 from tune_easytrain.errors import ChildDiedError, StorageError
 from tune_easytrain.protocol import CheckRequest
 from tune_easytrain.storage import Storage
@@ -111,5 +111,4 @@ class NodeCheck:
 def start_node_check(node_id: str) -> Any:
     """Return the handle of an actor on that node; whoever starts it also kills it."""
     actor: Any = ray.remote(NodeCheck)
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return actor.options(num_cpus=0, scheduling_strategy=strategy).remote()
+    return actor.options(**on_node(node_id)).remote()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from tune_easytrain.node_check import NodeFindings, StorageMarker, find_faults, 
 from tune_easytrain.progress import say_lines
 from tune_easytrain.protocol import CheckRequest
 from tune_easytrain.search_space import grid_points
+from tune_easytrain.settings import with_strategies_of
 from tune_easytrain.storage import Storage
 from tune_easytrain.trial_estimates import estimate_trials, estimate_with_bar
 from tune_easytrain.trial_request import TrialRequest, TrialRequests
@@ -83,7 +85,7 @@ def _packed(
     )
 
     def fits_shared_out(trial: TrialMemory, num_workers: int) -> bool:
-        sharded = {**trial.config, "memory": {**trial.config["memory"], "sharding": "full"}}
+        sharded = with_strategies_of(trial.config, replace(trial.settings, sharding="full"))
         (estimate,) = estimate_trials(task_payload, [sharded], num_workers=num_workers)
         return isinstance(estimate, MemoryEstimate) and estimate.peak_bytes(1) <= trial.usable_bytes
 

@@ -23,6 +23,19 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
+def slow_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
+    """Three trials of a second or so each, one at a time, so that they can be interrupted in the middle."""
+    toy_sweep["config"] |= {"toy": {"seconds_per_loss": 0.05}}
+    toy_sweep["grid_search"]["grid"] = {
+        "model.type": ["small", "large", "small"],
+        "hp.batch_size": [4, 7, 5],
+        "hp.learning_rate": [1e-2],
+    }
+    toy_sweep["train"] = {"epochs": 4}
+    return toy_sweep
+
+
+@pytest.fixture
 def toy_sweep(tmp_path: Path) -> dict[str, Any]:
     """Two models at the same effective batch size, reached in several micro-batches."""
     return {

@@ -14,9 +14,7 @@ import pytest
 import tune_easytrain as te
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SMALL = [
-    "grid_search.grid.model.type=[s3d, r3d_18]",
-    "grid_search.grid.hp.batch_size=[8, 8]",
+SMALL_TRIAL = [
     "train.epochs=1",
     "train.loader_workers=0",
     "trial.resources.gpu=0",
@@ -25,6 +23,11 @@ SMALL = [
     "config.data.size=32",
     "batch.effective_batch_size=10",
     "batch.memory_budget=1500MiB",
+]
+SMALL = [
+    "grid_search.grid.model.type=[s3d, r3d_18]",
+    "grid_search.grid.hp.batch_size=[8, 8]",
+    *SMALL_TRIAL,
 ]
 
 

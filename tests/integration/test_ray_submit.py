@@ -14,20 +14,14 @@ import pandas as pd
 import pytest
 import ray
 from lone_hosts import LoneHost, NoHostsError, lone_hosts
+from test_example import SMALL_TRIAL
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = "tune_easytrain_env"
 SMALL = [
     "grid_search.grid.model.type=[s3d]",
     "grid_search.grid.hp.batch_size=[8]",
-    "train.epochs=1",
-    "train.loader_workers=0",
-    "trial.resources.gpu=0",
-    "trial.resources.cpu=1",
-    "config.data.frames=8",
-    "config.data.size=32",
-    "batch.effective_batch_size=10",
-    "batch.memory_budget=1500MiB",
+    *SMALL_TRIAL,
 ]
 OVERRIDES = [word for override in SMALL for word in ("--set", f"'{override}'")]
 CLUSTER_FILE = "cluster/onprem.yaml"

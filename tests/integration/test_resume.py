@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from waiting import wait_for
 
 import tune_easytrain as te
 from tune_easytrain.errors import RunDirectoryError
@@ -25,26 +25,6 @@ SAME_IN_ANY_RUN = [
 PATIENCE_SECONDS = 120
 
 
-@pytest.fixture
-def slow_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
-    """Three trials of a second or so each, one at a time, so that a kill lands in the middle."""
-    toy_sweep["config"] |= {"toy": {"seconds_per_loss": 0.05}}
-    toy_sweep["grid_search"]["grid"] = {
-        "model.type": ["small", "large", "small"],
-        "hp.batch_size": [4, 7, 5],
-        "hp.learning_rate": [1e-2],
-    }
-    toy_sweep["train"] = {"epochs": 4}
-    return toy_sweep
-
-
-def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
-
-
 def start_and_kill_in_the_second_trial(sweep: dict[str, Any], tmp_path: Path) -> te.SweepResults:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
@@ -53,7 +33,7 @@ def start_and_kill_in_the_second_trial(sweep: dict[str, Any], tmp_path: Path) ->
         [*CLI, "run", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory")
+        wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory", PATIENCE_SECONDS)
         (run_dir,) = storage.iterdir()
         results = te.load_results(run_dir)
 
@@ -61,7 +41,7 @@ def start_and_kill_in_the_second_trial(sweep: dict[str, Any], tmp_path: Path) ->
             records = results.records()
             return len(records) > 1 and 1 <= len(records[1].reports) < 4
 
-        wait_for(second_trial_is_under_way, "the second trial's first epoch")
+        wait_for(second_trial_is_under_way, "the second trial's first epoch", PATIENCE_SECONDS)
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from pyarrow import fs
 from s3_server import ENVIRONMENT, Gate, S3Server
+from waiting import wait_for
 
 import tune_easytrain as te
 from tune_easytrain.errors import BadInputError
@@ -31,35 +31,11 @@ PATIENCE_SECONDS = 200
 OUTAGE_SECONDS = 20
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.make_bucket("bucket")
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache_of_the_tests"))
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def slow_sweep(toy_sweep: dict[str, Any]) -> dict[str, Any]:
-    """Three trials one at a time, slow enough to be interrupted."""
-    toy_sweep["config"] |= {"toy": {"seconds_per_loss": 0.05}}
-    toy_sweep["grid_search"]["grid"] = {"model.type": ["small", "large", "small"], "hp.batch_size": [4, 7, 5]}
-    toy_sweep["train"] = {"epochs": 4}
-    return toy_sweep
-
-
-def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.2)
 
 
 def all_objects(server: S3Server, bucket: str) -> dict[str, bytes]:
@@ -88,7 +64,7 @@ def test_a_sweep_whose_machine_is_lost_goes_on_from_its_url_on_another(
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache_of_the_driver")},
         )  # fmt: skip
     try:
-        wait_for(lambda: "If interrupted: " in said.read_text(), "the run directory")
+        wait_for(lambda: "If interrupted: " in said.read_text(), "the run directory", PATIENCE_SECONDS)
         (line,) = [line for line in said.read_text().splitlines() if line.startswith("If interrupted: ")]
         resume = shlex.split(line.removeprefix("If interrupted: "))
         url = resume[-1]
@@ -100,7 +76,7 @@ def test_a_sweep_whose_machine_is_lost_goes_on_from_its_url_on_another(
                 return False
             return len(records) > 1 and 1 <= len(records[1].reports) < 4
 
-        wait_for(second_trial_is_under_way, "the second trial's first epoch")
+        wait_for(second_trial_is_under_way, "the second trial's first epoch", PATIENCE_SECONDS)
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
@@ -142,7 +118,9 @@ def test_a_store_that_is_away_for_a_while_costs_no_trial_and_no_result(
     def be_away() -> None:
         events = Path(os.environ["XDG_CACHE_HOME"])
         wait_for(
-            lambda: any('"reported"' in file.read_text() for file in events.rglob("*.jsonl")), "an epoch"
+            lambda: any('"reported"' in file.read_text() for file in events.rglob("*.jsonl")),
+            "an epoch",
+            PATIENCE_SECONDS,
         )
         gate.shut()
         time.sleep(OUTAGE_SECONDS)

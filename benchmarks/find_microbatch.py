@@ -35,7 +35,7 @@ import ucf101
 
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.child_process import forkserver_context, slow_modules_in_use
+from tune_easytrain.child_process import forkserver_context, modules_to_preload
 from tune_easytrain.device_probe import probe_settings
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.plan_timing import SMALLEST_GAIN, candidate_plans
@@ -78,7 +78,7 @@ def run_ours(model: str, precision: str, budget_bytes: int) -> dict[str, Any]:
         scratch_dir="/tmp",
         is_shared=False,
     )
-    children = TrialChildren(opening, slow_modules_in_use())
+    children = TrialChildren(opening, modules_to_preload())
     start = time.perf_counter()
     estimate = children.estimate()
     if not isinstance(estimate, MemoryEstimate):

@@ -167,7 +167,7 @@ def run_loop(
     with tempfile.TemporaryDirectory() as folder:
         context = te.TrialContext(
             task=resident_task(case, num_steps * case.effective_batch_size, device, clock),
-            device=device,
+            device_name=str(device),
             batch_plan=BatchPlan.build(
                 case.effective_batch_size,
                 case.microbatch_size,
@@ -179,7 +179,7 @@ def run_loop(
             scratch_dir=Path(folder),
             checkpoint_path=None,
             send=take,
-            ranks=ranks,
+            workers=ranks,
         )
         train(config, context)
     return clock, weights

@@ -32,7 +32,7 @@ from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.child_process import forkserver_context
 from tune_easytrain.compiled_model import CompiledModel
-from tune_easytrain.device_session import device_name
+from tune_easytrain.devices import device_name
 from tune_easytrain.estimate import estimate_task
 from tune_easytrain.memory import device_memory
 from tune_easytrain.memory_budget import BudgetRequest, probed_bytes

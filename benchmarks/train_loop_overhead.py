@@ -22,7 +22,7 @@ from resident_clips import Case, StepClock, resident_task, run_loop
 from table_rows import keep_row, make_parser
 from torch.utils.data import DataLoader
 
-from tune_easytrain.device_session import device_name
+from tune_easytrain.devices import device_name
 from tune_easytrain.memory import device_memory
 
 NUM_WARMUP_STEPS = 3

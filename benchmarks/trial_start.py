@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import tune_easytrain as te
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.events import Planned, Probed, Reported, Started
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import pickle_function
@@ -92,7 +92,7 @@ def measure_alone(model: str) -> dict[str, float]:
         device="cuda" if torch.cuda.is_available() else "cpu",
         device_share=1.0,
         num_threads=1,
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     for _ in run_trial(spec, take):
         pass

@@ -27,7 +27,7 @@ from resident_clips import Case, StepClock, run_loop, video_task
 from table_rows import keep_row, make_parser
 from torch import Tensor, multiprocessing
 
-from tune_easytrain.device_session import device_name
+from tune_easytrain.devices import device_name
 from tune_easytrain.protocol import WorkerPlace
 from tune_easytrain.random_state import seed_everything
 from tune_easytrain.rank_group import RankGroup

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from toys import make_opening
 
-from tune_easytrain.child_process import ChildProcess, RemoteError, slow_modules_in_use
+from tune_easytrain.child_process import TORCH_MODULES, ChildProcess, RemoteError, modules_to_preload
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError, UnknownNameError
 
 
@@ -59,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Any], ChildProcess]]:
     children: list[ChildProcess] = []
 
     def start(build: Any) -> ChildProcess:
-        children.append(ChildProcess(make_opening(build, tmp_path), slow_modules_in_use()))
+        children.append(ChildProcess(make_opening(build, tmp_path), modules_to_preload()))
         return children[-1]
 
     yield start
@@ -169,3 +169,14 @@ def test_a_script_without_a_guard_runs_once_and_its_children_end_with_it(tmp_pat
     while is_running(int(lines[2][1])) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(int(lines[2][1]))
+
+
+def test_children_find_torch_imported_unless_neither_task_nor_function_needs_it() -> None:
+    assert set(TORCH_MODULES) <= set(modules_to_preload())
+    assert set(TORCH_MODULES) <= set(modules_to_preload(None, b"...torch..."))
+    assert not set(TORCH_MODULES) & set(modules_to_preload(None, b"..."))
+    assert "pandas" not in modules_to_preload(b"a task")
+    import pandas  # noqa: F401
+
+    assert "pandas" not in modules_to_preload(b"a task")
+    assert "pandas" in modules_to_preload(b"a task with pandas")

@@ -13,7 +13,7 @@ from torch import nn
 from toys import build_hungry_task, build_task, make_config, make_opening
 
 from tune_easytrain import NotEnoughMemoryError, ProbeResult, Task, find_microbatch
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.probe import Bound, Outcome
 from tune_easytrain.trial_children import TrialChildren
 
@@ -129,7 +129,7 @@ def children(tmp_path: Path) -> Iterator[Callable[..., TrialChildren]]:
     def start(**at: str) -> TrialChildren:
         config = {"at": {int(size.removeprefix("m")): fault for size, fault in at.items()}}
         started.append(
-            TrialChildren(make_opening(build_delicate_task, tmp_path, config=config), slow_modules_in_use())
+            TrialChildren(make_opening(build_delicate_task, tmp_path, config=config), modules_to_preload())
         )
         return started[-1]
 

@@ -633,6 +633,22 @@ def test_the_tables_of_strategies_are_what_was_measured() -> None:
     assert (round(min(ratios), 2), round(max(ratios), 2)) == (0.99, 1.04)
 
 
+def test_the_table_of_sharing_is_what_was_measured() -> None:
+    lines = (ROOT / "benchmarks/packing_h100.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all((row["states"], row["errors"], row["num_rescues"]) == ({"finished": 8}, [], 0) for row in rows)
+    assert all(row["microbatch_sizes"] == [16] for row in rows)
+    measured = {(str(row["loader_workers"]), row["gpu"]): row for row in rows}
+    assert {share for row in rows if row["gpu"] == "auto" for share in row["gpu_shares"]} == {0.1, 0.15}
+    table = table_below("docs/memory.md", "### What sharing gains")
+    assert {(loaders, gpu) for loaders, *_ in table for gpu in ("auto", 1)} == measured.keys()
+    for loaders, *cells in table:
+        shared, alone = measured[loaders, "auto"], measured[loaders, 1]
+        ratio = alone["seconds"] / shared["seconds"]
+        times = [row["median_training_s"] for row in (shared, alone)]
+        assert cells == [str(shared["seconds"]), str(alone["seconds"]), f"{ratio:.1f}", *map(str, times)]
+
+
 def test_the_keys_of_a_planned_trial_are_the_codes() -> None:
     (trial,) = make_plan(make_sweep(["small"])).trials
     assert [code(key) for key, _ in table_below("docs/memory.md", "## For scripts")] == list(trial.as_json())

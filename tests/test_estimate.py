@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tune_easytrain.errors import EstimateError, UnknownNameError
 from tune_easytrain.estimate import estimate_memory, estimate_task
+from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.kernel_scratch import FIXED_BYTES
-from tune_easytrain.memory import CpuMemory
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.task import Task
 

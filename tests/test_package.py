@@ -40,6 +40,8 @@ assert result.exit_code == 0 and "validate" in result.output, result.output
         pytest.param(HELP, {*HEAVY, "pydantic"}, id="help"),
         pytest.param("import tune_easytrain.device_session", {"ray", "pydantic", "pandas"}, id="device"),
         pytest.param("import tune_easytrain.results", {"torch", "ray"}, id="results"),
+        pytest.param("import tune_easytrain.sweep", {"torch"}, id="sweep"),
+        pytest.param("import tune_easytrain.function_session", {*HEAVY, "pydantic"}, id="function"),
         *(
             pytest.param(f"import tune_easytrain.{name}", {*HEAVY, "pydantic", "yaml"}, id=name)
             for name in WORKER_MODULES

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tune_easytrain import Task
-from tune_easytrain.memory import CpuMemory, DeviceMemory
+from tune_easytrain.host_memory import CpuMemory
+from tune_easytrain.memory import DeviceMemory
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.probe_attempt import run_attempt
 

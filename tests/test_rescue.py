@@ -16,7 +16,7 @@ from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
 from tune_easytrain.batch import split_batch
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
-from tune_easytrain.memory import CpuMemory
+from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.rescue import Rescue, StateSnapshot
 

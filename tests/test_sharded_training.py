@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
-from gloo_workers import CPU, on_ranks
+from gloo_workers import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from toys import make_settings
 
 from tune_easytrain import BatchPlan, Task, TrialContext
-from tune_easytrain.memory import CpuMemory
+from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.rank_group import RankGroup
 from tune_easytrain.train_loop import train
@@ -78,14 +78,14 @@ def trained(
     plan = BatchPlan.build(5, limit, num_workers=group.num_workers, rank=group.rank)
     context = TrialContext(
         task=make_task() if task is None else task,
-        device=CPU,
+        device_name="cpu",
         batch_plan=plan,
         settings=resolved,
         memory=CpuMemory(),
         scratch_dir=own,
         checkpoint_path=checkpoint,
         send=take,
-        ranks=group,
+        workers=group,
     )
     train({}, context)
     return reports[-1].metrics if reports else {}

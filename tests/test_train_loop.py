@@ -22,11 +22,11 @@ from toys import make_settings
 from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, window_steps
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.errors import InexactBatchError, OutOfMemoryInTrainingError
+from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.loader import EpochLoader, epoch_order
-from tune_easytrain.memory import CpuMemory
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.random_state import seed_everything
-from tune_easytrain.train_loop import metric_names, train
+from tune_easytrain.train_loop import train
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def drive(
     assert resolved.effective_batch_size is not None
     context = TrialContext(
         task=task,
-        device=CPU,
+        device_name="cpu",
         batch_plan=BatchPlan.build(resolved.effective_batch_size, limit),
         settings=resolved,
         memory=CpuMemory(),
@@ -433,7 +433,7 @@ def make_metric_task(**changes: Any) -> Task:
 
 def test_metrics_are_those_of_the_whole_validation_set(tmp_path: Path) -> None:
     task = make_metric_task()
-    assert metric_names(task) == ["train_loss", "val_loss", "val_accuracy"]
+    assert task.metric_names == ("train_loss", "val_loss", "val_accuracy")
     driven = drive(task, tmp_path, limit=4, effective_batch_size=10, epochs=1)
     model = task.model()
     model.load_state_dict(driven.weights)
@@ -459,7 +459,7 @@ def test_a_metric_of_several_numbers_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_without_validation_data_only_the_training_loss_is_reported(tmp_path: Path) -> None:
     driven = drive(make_task(), tmp_path, epochs=1)
-    assert metric_names(make_task()) == ["train_loss"]
+    assert make_task().metric_names == ("train_loss",)
     assert not any(name.startswith("val_") for name in driven.last)
 
 

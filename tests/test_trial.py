@@ -21,7 +21,7 @@ from toys import (
 )
 
 from tune_easytrain import NotEnoughMemoryError, Task
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.errors import ChildDiedError, InexactBatchError, MetricError
 from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started, TrainingEnded
 from tune_easytrain.probe import Outcome
@@ -64,7 +64,7 @@ def start(
         device_share=1.0,
         num_threads=1,
         checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     return Trial(run_trial(spec, events.append), events)
 

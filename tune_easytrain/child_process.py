@@ -8,7 +8,6 @@ else with it, and what it held on the device goes with it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -26,10 +25,15 @@ from typing import Any
 import cloudpickle
 
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
+from tune_easytrain.orphans import end_with_parent
 
 # Every optimizer imports torch._dynamo: seconds, and after the cap also memory of the trial's budget.
-_PRELOADED_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
+TORCH_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
+"""What the children of every trial with a task need."""
+
+_FUNCTION_MODULES = ("tune_easytrain.child_service",)
 _SLOW_MODULES = ("torchvision", "torchmetrics", "transformers", "timm", "av", "pandas")
+_OUR_OWN = ("pandas",)  # loaded by this package wherever it reads results
 
 # Freed blocks go back to the system at once: a cap on a CPU is useless while malloc hoards them.
 _MALLOC_ENVIRONMENT = {
@@ -40,25 +44,42 @@ _MALLOC_ENVIRONMENT = {
 # What Ray sets anew for each trial, while the forkserver keeps what it was started with.
 _FORWARDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
-_PR_SET_PDEATHSIG = 1
 _KILL_WAIT_SECONDS = 10.0
 _main_module_lock = threading.Lock()
 
 
-def slow_modules_in_use() -> tuple[str, ...]:
-    """Return the modules, slow to import, that this process has loaded: its children need them too."""
-    return tuple(name for name in _SLOW_MODULES if name in sys.modules)
+def modules_to_preload(task: bytes | None = b"", function: bytes | None = None) -> tuple[str, ...]:
+    """Return the modules that a sweep's children are to find imported, since they are slow to import.
+
+    That is torch, unless there is no task and the function does not mention it, and what this process had to
+    load for them.
+
+    Args:
+        task: `build_task`, pickled by value; None: there is none.
+        function: the training function, pickled by value; None: there is none of the user's own.
+    """
+    payload = (task or b"") + (function or b"")
+    if task is None and b"torch" not in payload:
+        return (*_FUNCTION_MODULES, *(name for name in _SLOW_MODULES if name.encode() in payload))
+    needed = (name for name in _SLOW_MODULES if name not in _OUR_OWN or name.encode() in payload)
+    return (*TORCH_MODULES, *(name for name in needed if name in sys.modules))
 
 
-def forkserver_context(preloaded_modules: Sequence[str] = ()) -> ForkServerContext:
+def forkserver_context(preloaded_modules: Sequence[str] = TORCH_MODULES) -> ForkServerContext:
     """Return the way to start children; the first one of this process starts the forkserver for all.
 
-    The forkserver imports torch and what `preloaded_modules` names; later children find it there.
+    The forkserver imports what `preloaded_modules` names; later children find it there.
     """
     os.environ.update(_MALLOC_ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOADED_MODULES, *preloaded_modules])
+    context.set_forkserver_preload([*preloaded_modules])
     return context
+
+
+def start_forkserver(preloaded_modules: Sequence[str]) -> None:
+    """Start the forkserver of this process, and do not wait until it has imported what it is to import."""
+    forkserver_context(preloaded_modules)
+    forkserver.ensure_running()
 
 
 def end_with_owner() -> None:
@@ -67,7 +88,7 @@ def end_with_owner() -> None:
     The forkserver ends when its owner does; the kernel then ends this process, even inside a C call. It
     knows by a pipe whose other end each child inherits too, and which therefore has to be closed here.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
 
@@ -112,7 +133,7 @@ class ChildProcess:
     Raises ChildDiedError wherever the child turns out to be gone.
     """
 
-    def __init__(self, opening: Any, preloaded_modules: Sequence[str] = ()) -> None:
+    def __init__(self, opening: Any, preloaded_modules: Sequence[str] = TORCH_MODULES) -> None:
         """Start a child that serves the device session described by `opening`."""
         context = forkserver_context(preloaded_modules)
         self._connection, theirs = context.Pipe()
@@ -192,7 +213,7 @@ def _child_main(connection: Connection, opening_payload: bytes, environment: dic
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    from tune_easytrain.device_session import serve
+    from tune_easytrain.child_service import serve
 
     try:
         serve(connection, cloudpickle.loads(opening_payload))

@@ -10,7 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 from tune_easytrain.errors import TaskError
-from tune_easytrain.memory import ErrorKind, classify_error, first_line
+from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 
 MOST_SHAPES = 2
 """Sizes of a full window's micro-batches differ by at most one, so that two graphs serve all of them."""

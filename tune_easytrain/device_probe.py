@@ -6,7 +6,7 @@ import os
 import tempfile
 from typing import Any, get_args
 
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.errors import require_one_of
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import ProbeResult, Search, SearchPlan, begins_with_estimate, find_largest
@@ -69,7 +69,7 @@ def find_microbatch(
                 scratch_dir=scratch_dir,
                 is_shared=False,
             ),
-            slow_modules_in_use(),
+            modules_to_preload(),
         )
         try:
             estimate = None

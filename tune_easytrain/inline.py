@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tune_easytrain.child_service import open_session
 from tune_easytrain.config import SweepConfig
-from tune_easytrain.device_session import DeviceSession, estimate
+from tune_easytrain.device_session import estimate
 from tune_easytrain.errors import TuneEasyTrainError
 from tune_easytrain.events import Event, Finished, Reported, Started
 from tune_easytrain.microbatch_search import find_limit
@@ -68,14 +69,14 @@ def run_trials_inline(
 
 def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: ProbeCache) -> None:
     settings = opening.settings
-    session = DeviceSession(opening)
+    session = open_session(opening)
     choice = chosen_strategies(
         settings, session.opened(), lambda settings: estimate(replace(opening, settings=settings))
     )
     if choice.settings != settings:
         session.memory.uncap()
         opening = replace(opening, settings=choice.settings)
-        session = DeviceSession(opening)
+        session = open_session(opening)
 
     def emit(event: Event) -> None:
         recorder.record(name, event)

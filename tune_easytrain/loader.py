@@ -19,6 +19,7 @@ from tune_easytrain.batch import move_batch
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.data_wait import DataWait
 from tune_easytrain.length_batches import EpochSamples, SampleLengths
+from tune_easytrain.orphans import end_with_parent
 from tune_easytrain.random_state import sample_seed
 from tune_easytrain.shared_batches import SharedBatches
 from tune_easytrain.task import Batch, Task
@@ -294,7 +295,11 @@ def prepare_loader_process(worker_id: int) -> None:
 
     The cap counts what the device holds, and malloc gives freed memory back at once for the cap's sake. Here
     that would cost page faults for every picture decoded: clips came half as fast.
+
+    It ends when the training process does. By itself it would notice after up to five seconds, and until then
+    the files of the driver that it has inherited keep all that the training process had on the GPU.
     """
+    end_with_parent()
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone

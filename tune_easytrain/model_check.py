@@ -12,7 +12,6 @@ from typing import Any
 import cloudpickle
 import torch
 
-from tune_easytrain import train_loop
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
 from tune_easytrain.search_space import build_trial_space, grid_keys, grid_points
@@ -51,7 +50,7 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
     for point, trial, failure in failures:
         faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, failure, known))
     if task is not None and config.train.function is None:
-        faults += _metric_faults(config, train_loop.metric_names(task))
+        faults += _metric_faults(config, task.metric_names)
     if task is not None and task.lengths is None:
         faults += _token_faults(config)
     if faults:

@@ -84,7 +84,10 @@ def _storage_faults(marker: StorageMarker) -> list[str]:
 
 
 def gpu_bytes() -> tuple[int, ...]:
-    """Return the memory of each GPU of this machine in bytes; empty where NVML does not answer."""
+    """Return the memory of each GPU of this machine in bytes, as torch will see it.
+
+    Empty where NVML does not answer.
+    """
     try:
         import pynvml
 
@@ -93,11 +96,20 @@ def gpu_bytes() -> tuple[int, ...]:
         return ()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+        return tuple(_usable_bytes(pynvml, handle) for handle in handles)
     except pynvml.NVMLError:
         return ()
     finally:
         pynvml.nvmlShutdown()
+
+
+def _usable_bytes(pynvml: Any, handle: Any) -> int:
+    """Return a GPU's memory without what the driver keeps: half a GiB of an H100, which no process gets."""
+    try:
+        info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    except (AttributeError, TypeError, pynvml.NVMLError):  # an old driver, or an old pynvml
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return int(info.total - info.reserved)
 
 
 class NodeCheck:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,20 +17,24 @@ from rich.console import Console
 
 from tune_easytrain.accelerators import Accelerator
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.cluster import alive_nodes, check_resources, count_gpus, fits
 from tune_easytrain.config import SweepConfig
-from tune_easytrain.errors import InsufficientResourcesError, PreflightError, RunDirectoryError
+from tune_easytrain.errors import (
+    EstimateError,
+    InsufficientResourcesError,
+    PreflightError,
+    RunDirectoryError,
+)
 from tune_easytrain.gpu_packing import describe_packing, request_gpus
 from tune_easytrain.memory_estimate import MemoryEstimate
-from tune_easytrain.memory_plan import TrialMemory, build_memory_plan, example_configs
+from tune_easytrain.memory_plan import build_memory_plan, example_configs
 from tune_easytrain.node_check import NodeFindings, StorageMarker, find_faults, start_node_check
 from tune_easytrain.progress import say_lines
 from tune_easytrain.protocol import CheckRequest
 from tune_easytrain.search_space import grid_points
-from tune_easytrain.settings import with_strategies_of
 from tune_easytrain.storage import Storage
-from tune_easytrain.trial_estimates import estimate_trials, estimate_with_bar
+from tune_easytrain.trial_estimates import estimate_key, estimate_trials, estimate_with_bar
 from tune_easytrain.trial_request import TrialRequest, TrialRequests
 
 TASK_SECONDS = 60.0
@@ -84,12 +87,15 @@ def _packed(
         max_experiments,
     )
 
-    def fits_shared_out(trial: TrialMemory, num_workers: int) -> bool:
-        sharded = with_strategies_of(trial.config, replace(trial.settings, sharding="full"))
-        (estimate,) = estimate_trials(task_payload, [sharded], num_workers=num_workers)
-        return isinstance(estimate, MemoryEstimate) and estimate.peak_bytes(1) <= trial.usable_bytes
+    estimates = dict[tuple[str, int], MemoryEstimate | EstimateError]()
 
-    requests = request_gpus(plan.trials, asked, num_gpus, fits_shared_out)
+    def estimate_worker(trial_config: dict[str, Any], num_workers: int) -> MemoryEstimate | EstimateError:
+        key = estimate_key(trial_config), num_workers
+        if key not in estimates:
+            (estimates[key],) = estimate_trials(task_payload, [trial_config], num_workers=num_workers)
+        return estimates[key]
+
+    requests = request_gpus(plan.trials, asked, num_gpus, estimate_worker)
     say_lines(console, describe_packing(requests, plan))
     return TrialRequests.of_points(asked, list(grid_points(config, max_experiments)), requests)
 
@@ -150,7 +156,7 @@ def _ask_nodes(
     """Ask all nodes at once; what this process is on it answers itself."""
     own_node = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in nodes if node["NodeID"] != own_node]
-    modules = slow_modules_in_use()
+    modules = modules_to_preload(None if request is None else request.task_payload)
     findings = dict[str, NodeFindings]()
     with _marked(storage, needed=bool(others)) as marker:
         actors = {node_id: start_node_check(node_id) for node_id in others}

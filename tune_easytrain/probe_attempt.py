@@ -12,7 +12,8 @@ from torch import nn
 from tune_easytrain.accumulate import accumulate_gradients
 from tune_easytrain.batch import count_samples
 from tune_easytrain.compiled_model import CompiledModel
-from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error, first_line
+from tune_easytrain.memory import DeviceMemory
+from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 from tune_easytrain.optimizer_shards import shard_optimizer
 from tune_easytrain.precision import autocast
 from tune_easytrain.probe import Attempt, Outcome

@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import ray
 from ray import tune
-from ray.util.queue import Queue
 
 from tune_easytrain.events import Event, Failed, Finished, Stopped, TrainingEnded, append_events
 from tune_easytrain.mirror import Mirror
 from tune_easytrain.run_directory import RunDirectory
+from tune_easytrain.sweep_trial import TRAINING_ENDED
 from tune_easytrain.trial_record import TrialRecord
 
-_DRAIN_INTERVAL_SECONDS = 0.1
+_DRAIN_INTERVAL_SECONDS = 0.25
+_LAST_EVENTS_SECONDS = 5.0
+"""How long a trial that is over may have events on their way: they and Ray's result go different ways."""
 
 Watch = Callable[[TrialRecord, Event], None]
 
@@ -26,7 +29,7 @@ class SweepRecorder:
         directory: the run directory.
         records: what is known of the trials so far, by id; ended ones are not touched any more.
         watch: told of every event, with the trial as it then stands.
-        on_end: told of every trial that Ray is done with, in whatever way it ended.
+        on_failure: told of every trial that ended with an error of Ray's.
         on_step: given all of Ray's trials, time and again; what it raises ends the sweep.
         mirror: uploads the files, where the run directory is in an object store.
     """
@@ -36,7 +39,7 @@ class SweepRecorder:
         directory: RunDirectory,
         records: Mapping[str, TrialRecord],
         watch: Watch | None = None,
-        on_end: Callable[[str], object] | None = None,
+        on_failure: Callable[[str], object] | None = None,
         on_step: Callable[[Sequence[Any]], object] | None = None,
         mirror: Mirror | None = None,
     ) -> None:
@@ -45,31 +48,35 @@ class SweepRecorder:
         self._ended = {trial_id for trial_id, record in records.items() if record.state.is_final}
         self._reasons: dict[str, str] = {}
         self._watch = watch
-        self._on_end = on_end
+        self._on_failure = on_failure
         self._on_step = on_step
         self._mirror = mirror
-        self._queue: Queue | None = None
+        self._hub: Any = None
         self._last_drain = 0.0
+        self._over: dict[str, tuple[float, bool]] = {}  # when it was, and whether training had ended
 
-    def record(self, trial_id: str, event: Event) -> None:
-        """Write one event, unless the trial has ended."""
-        if trial_id in self._ended:
-            return
-        append_events(self._directory.trial_path(trial_id), [event])
+    def record(self, trial_id: str, *events: Event) -> None:
+        """Write events of a trial, up to the one that ends it."""
+        written = []
         record = self._records.setdefault(trial_id, TrialRecord(trial_id))
-        record.add(event)
-        if isinstance(event, TrainingEnded):
-            self._reasons[trial_id] = event.reason
-        if record.state.is_final:
-            self._ended.add(trial_id)
+        for event in events:
+            if trial_id in self._ended:
+                break
+            written.append(event)
+            record.add(event)
+            if record.state.is_final:
+                self._ended.add(trial_id)
+            if self._watch is not None:
+                self._watch(record, event)
+        if not written:
+            return
+        append_events(self._directory.trial_path(trial_id), written)
         if self._mirror is not None:
             self._mirror.note(trial_id, is_urgent=record.state.is_final)
-        if self._watch is not None:
-            self._watch(record, event)
 
-    def listen_to(self, queue: Queue) -> None:
-        """Take the events that workers put into `queue` from now on."""
-        self._queue = queue
+    def listen_to(self, hub: Any) -> None:
+        """Take the events that workers tell the sweep's actor from now on."""
+        self._hub = hub
 
     def step(self, trials: Sequence[Any]) -> None:
         """Write what workers have sent, and let the sweep look at how its trials stand."""
@@ -78,41 +85,55 @@ class SweepRecorder:
             self._on_step(trials)
 
     def drain(self, *, force: bool = False) -> None:
-        """Write what workers have sent; at most ten times a second unless forced."""
+        """Write what workers have sent, and what is over; at most four times a second unless forced."""
         now = time.monotonic()
-        if self._queue is None or (not force and now - self._last_drain < _DRAIN_INTERVAL_SECONDS):
+        if self._hub is None or (not force and now - self._last_drain < _DRAIN_INTERVAL_SECONDS):
             return
         self._last_drain = now
-        num_waiting = self._queue.qsize()
-        if num_waiting:
-            for trial_id, event in self._queue.get_nowait_batch(num_waiting):
-                self.record(trial_id, event)
+        told: dict[str, list[Event]] = {}
+        for trial_id, event in ray.get(self._hub.fetch.remote()):
+            told.setdefault(trial_id, []).append(event)
+            if isinstance(event, TrainingEnded):
+                self._reasons[trial_id] = event.reason
+        for trial_id, (since, has_ended) in list(self._over.items()):
+            reason = self._reasons.get(trial_id)
+            if has_ended and reason is None and now - since < _LAST_EVENTS_SECONDS:
+                continue
+            del self._over[trial_id]
+            end = Finished(reason=reason or "") if has_ended else Stopped(reason="stopped by the scheduler")
+            told.setdefault(trial_id, []).append(end)
+        for trial_id, events in told.items():
+            self.record(trial_id, *events)
+
+    def finish(self) -> None:
+        """Write what is still on its way, at the end of the sweep."""
+        deadline = time.monotonic() + _LAST_EVENTS_SECONDS
+        self.drain(force=True)
+        while self._over and time.monotonic() < deadline:
+            time.sleep(_DRAIN_INTERVAL_SECONDS / 10)
+            self.drain(force=True)
 
     def catch_up(self) -> None:
         """Write what workers have sent, and give the mirror, if there is one, a few seconds to upload it."""
+        self.drain(force=True)
         if self._mirror is not None:
-            self.drain(force=True)
             self._mirror.flush()
 
-    def complete(self, trial_id: str) -> None:
-        """Note that Ray is done with a trial: it finished, or the scheduler stopped it."""
-        self._end(trial_id)
-        reason = self._reasons.get(trial_id)
-        if reason is None:
-            self.record(trial_id, Stopped(reason="stopped by the scheduler"))
-        else:
-            self.record(trial_id, Finished(reason=reason))
+    def complete(self, trial_id: str, *, has_ended: bool) -> None:
+        """Note that Ray is done with a trial: its training has ended, or the scheduler stopped it.
+
+        It is written down with the trial's last events. To fetch them for every trial by itself would be what
+        the driver does most in a sweep of short ones.
+        """
+        self._over[trial_id] = (time.monotonic(), has_ended)
 
     def fail(self, trial_id: str, details: str) -> None:
         """Note that a trial ended with an error that its own process could not report."""
-        self._end(trial_id)
+        if self._on_failure is not None:
+            self._on_failure(trial_id)
+        self.drain(force=True)
         lines = [line for line in details.strip().splitlines() if line.strip()]
         self.record(trial_id, Failed(error=lines[-1] if lines else "the worker died", details=details))
-
-    def _end(self, trial_id: str) -> None:
-        if self._on_end is not None:
-            self._on_end(trial_id)
-        self.drain(force=True)
 
 
 class SweepCallback(tune.Callback):
@@ -141,7 +162,7 @@ class SweepCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the trial's record."""
-        self._recorder.complete(str(trial))
+        self._recorder.complete(str(trial), has_ended=TRAINING_ENDED in trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the record of a trial that ended with an error."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
-from tune_easytrain.memory import DeviceMemory, ErrorKind, classify_error, first_line
+from tune_easytrain.memory import DeviceMemory
+from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.random_state import get_random_state, set_random_state
 

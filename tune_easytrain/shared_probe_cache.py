@@ -1,4 +1,4 @@
-"""The probe cache of a sweep on Ray: one actor that all trials on all nodes ask. No torch."""
+"""The probe cache of a sweep on Ray, which all trials on all nodes ask. No torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -76,16 +75,6 @@ class ProbeLeases:
         async with self._changed:
             self._leases = {s: lease for s, lease in self._leases.items() if lease[0] != trial}
             self._changed.notify_all()
-
-
-def start_probe_cache(evidence: Sequence[ProbeEvidence], options: Mapping[str, Any] | None = None) -> Any:
-    """Start the actor of a sweep, with what an earlier run of it has measured, and return its handle.
-
-    `options` are those of the actor; without, it may be on any node.
-    """
-    actor: Any = ray.remote(ProbeLeases)
-    name = f"tune_easytrain_probe_cache_{uuid.uuid4().hex}"
-    return actor.options(name=name, **(options or {"num_cpus": 0})).remote(evidence)
 
 
 class SharedProbeCache:

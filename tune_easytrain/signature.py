@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tune_easytrain.batch import iterate_tensors
-from tune_easytrain.memory import host_memory_bytes
+from tune_easytrain.host_memory import host_memory_bytes
 from tune_easytrain.protocol import Opening
 from tune_easytrain.random_state import kept_random_state
 from tune_easytrain.task import Task

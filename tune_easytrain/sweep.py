@@ -10,17 +10,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.util.queue import Queue
 from rich.console import Console
 
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload, start_forkserver
 from tune_easytrain.cluster import beside_driver, check_local_gpu, placement, ray_session
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.errors import InsufficientResourcesError, StorageLostError
 from tune_easytrain.events import Created, load_events
-from tune_easytrain.inline import run_trials_inline
 from tune_easytrain.mirror import Mirror, mirrored
-from tune_easytrain.model_check import check_models
 from tune_easytrain.optional_packages import check_packages
 from tune_easytrain.pending_watch import PendingWatch
 from tune_easytrain.preflight import prepare_cluster
@@ -40,8 +37,8 @@ from tune_easytrain.search_space import (
     param_space,
     varied_keys,
 )
-from tune_easytrain.shared_probe_cache import start_probe_cache
 from tune_easytrain.storage import Storage
+from tune_easytrain.sweep_hub import start_sweep_hub
 from tune_easytrain.sweep_plan import build_plan
 from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
@@ -88,9 +85,17 @@ def run(
     say_lines(console, build_plan(config, max_experiments).describe())
     task, function = load_sweep_functions(config, build_task)
     if task is not None:
+        if not debug:
+            start_forkserver(modules_to_preload(task, function))  # imports torch while this process goes on
+        from tune_easytrain.model_check import check_models  # imports torch; not every function needs that
+
         check_models(config, task, max_experiments)
     max_experiments = num_experiments(config, max_experiments)
     if debug:
+        from tune_easytrain.inline import (
+            run_trials_inline,
+        )  # imports torch, which a driver on Ray does without
+
         check_local_gpu(config.trial)
         directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
@@ -120,8 +125,11 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     check_packages(config)
     max_experiments = max(1, len(list(directory.trial_ids())) // num_repeats(config))
     console = Console(stderr=True, quiet=quiet)
+    functions = directory.load_functions()
+    if functions[0] is not None:
+        start_forkserver(modules_to_preload(*functions))  # imports torch while Ray starts
     with ray_session(address, config.run.working_dir):
-        requests = prepare_cluster(config, directory.load_functions()[0], max_experiments, console)
+        requests = prepare_cluster(config, functions[0], max_experiments, console)
         _fit(config, directory, requests, max_experiments, console)
     return SweepResults(directory)
 
@@ -167,15 +175,14 @@ def _fit(
 ) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records, evidence = _load_trials(directory)
-    events = Queue(actor_options=beside_driver())
-    probe_cache = start_probe_cache(evidence, beside_driver())
-    trainable = _trainable(config, directory, requests, events, probe_cache, records)
+    hub = start_sweep_hub(evidence, beside_driver())
+    trainable = _trainable(config, directory, requests, hub, records)
     ray_path, filesystem = directory.ray_place
     with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
         pending = PendingWatch(requests.all)
-        on_end, on_step = probe_cache.release.remote, pending.look
-        recorder = SweepRecorder(directory, records, progress.watch, on_end, on_step, mirror)
-        recorder.listen_to(events)
+        on_failure, on_step = hub.release.remote, pending.look
+        recorder = SweepRecorder(directory, records, progress.watch, on_failure, on_step, mirror)
+        recorder.listen_to(hub)
         SweepCallback.recorders[directory.key] = recorder
         try:
             if tune.Tuner.can_restore(ray_path, filesystem):
@@ -195,10 +202,9 @@ def _fit(
                 raise
             raise StorageLostError(directory.place, str(directory.path), reason) from error
         finally:
-            recorder.drain(force=True)
+            recorder.finish()
             del SweepCallback.recorders[directory.key]
-            events.shutdown(force=True)
-            ray.kill(probe_cache)
+            ray.kill(hub)
 
 
 def _storage_failure(error: OSError | tune.TuneError) -> str | None:
@@ -213,23 +219,22 @@ def _trainable(
     config: SweepConfig,
     directory: RunDirectory,
     requests: TrialRequests,
-    events: Queue,
-    probe_cache: Any,
+    hub: Any,
     records: Mapping[str, TrialRecord],
 ) -> Any:
     task, function = directory.load_functions()
     space = build_trial_space(config)
     shared = SweepShared(
+        sweep_name=config.name,
         space=space,
         task_payload=task,
         function_payload=function,
         num_workers=config.trial.num_workers,
         metric=config.run.metric,
         mode=config.run.mode,
-        events=events,
-        probe_cache=probe_cache,
+        hub=hub,
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(task, function),
     )
     return tune.with_resources(
         tune.with_parameters(SweepTrial, shared=shared),
@@ -260,7 +265,10 @@ def _new_tuner(
             storage_path=posixpath.dirname(directory.ray_place[0]),
             storage_filesystem=directory.ray_place[1],
             callbacks=[SweepCallback(directory.key)],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_checkpoints_kept(config)),
+            # Every report with a checkpoint has it stored; at the end it would be stored once more.
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=num_checkpoints_kept(config), checkpoint_at_end=False
+            ),
             verbose=0,
         ),
     )

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from ray import tune
-from ray.util.queue import Queue
+from ray.exceptions import RayError
 
 from tune_easytrain.cluster import trials_per_node
-from tune_easytrain.events import Event
+from tune_easytrain.function_child import FunctionChild
 from tune_easytrain.protocol import Opening, Report
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
+from tune_easytrain.sweep_hub import EventSender
 from tune_easytrain.trial import TrialSpec, run_trial
+from tune_easytrain.trial_children import TrialProcesses
 from tune_easytrain.trial_space import TrialSpace
 from tune_easytrain.worker_actor import WorkerActors
 from tune_easytrain.workers import WorkerProcesses
+
+TRAINING_ENDED = "training_ended"
+"""What Ray's last result of a trial holds besides its metrics, unless the trial failed or was stopped."""
 
 _CHECKPOINT_NAME = "checkpoint.pt"
 _WRITER_NAME = "written_by"
@@ -36,17 +43,17 @@ class SweepShared:
     `num_workers` is how many workers the sweep file gives a trial; one that fits on no GPU may have got more,
     to share out its model.
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
-    `probe_cache` is the handle of the actor that knows what the trials have measured.
+    `hub` is the handle of the sweep's `SweepHub`.
     """
 
+    sweep_name: str
     space: TrialSpace
     task_payload: bytes | None
     function_payload: bytes | None
     num_workers: int
     metric: str
     mode: Literal["min", "max"]
-    events: Queue
-    probe_cache: Any
+    hub: Any
     ended: Mapping[str, Mapping[str, float]]
     preloaded_modules: tuple[str, ...]
 
@@ -65,8 +72,18 @@ class SweepTrial(tune.Trainable):
         resources = self.trial_resources
         assert resources is not None, "Ray Tune tells a trial what it has set aside for it"
         self._bundles: list[dict[str, float]] = resources.bundles
-        self._actors = WorkerActors(len(self._bundles), self._bundles[0], shared.preloaded_modules)
+        bundle = self._bundles[0]
+        self._actors = WorkerActors(len(self._bundles), bundle, shared.preloaded_modules)
+        self._function_child = FunctionChild(shared.preloaded_modules)
+        node_id = ray.get_runtime_context().get_node_id()
+        self._share = min(1.0, bundle.get("GPU", 0.0)) or 1.0 / trials_per_node(bundle, node_id)
+        self._events = EventSender(shared.hub)
+        self._first_name = self.trial_name
         self._set_trial(config)
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard calls this actor; it asks once, before the first of its trials."""
+        return f"{self._shared.sweep_name}: {self._first_name} and later trials"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take over the next trial."""
@@ -86,34 +103,57 @@ class SweepTrial(tune.Trainable):
         return self._dir / _CHECKPOINT_NAME
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next report of the trial's child process and hand it to Ray."""
+        """Wait for the next report of the trial's child process and hand it to Ray.
+
+        A trial that fails ends here like one that is done, which its events tell apart: to Ray a failure is
+        one of the actor, which would end with it, and take what it has imported along.
+        """
         name = self.trial_name
         if name in self._shared.ended:  # Ray's own record of it was older than ours
             return {self._shared.metric: float("nan"), **self._shared.ended[name], "done": True}
         if self._reports is None:
-            spec = self._spec()
-            cache = SharedProbeCache(
-                self._shared.probe_cache, name, attempt_timeout_seconds=spec.settings.probe_timeout_seconds
-            )
-            self._reports = run_trial(
-                spec,
-                lambda event: self._emit(name, event),
-                cache,
-                None if len(self._bundles) == 1 else self._worker_processes,
-            )
-        report = next(self._reports, None)
+            self._reports = self._run()
+        try:
+            report = next(self._reports, None)
+        except RayError:
+            raise
+        except Exception:  # noqa: BLE001 -- told in the trial's events, with its traceback
+            self._reports = None
+            self._events.settle()
+            return {**self._last_metrics, self._shared.metric: float("nan"), "done": True}
         if report is None:
-            if self._shared.metric not in self._last_metrics:
-                return {self._shared.metric: float("nan"), "done": True}
-            return {**self._last_metrics, "done": True}
+            return {
+                self._shared.metric: float("nan"),
+                **self._last_metrics,
+                "done": True,
+                TRAINING_ENDED: True,
+            }
         self._last_metrics = report.metrics
         has_checkpoint = report.checkpoint_path is not None
         if report.checkpoint_path is not None:
             shutil.move(report.checkpoint_path, self._checkpoint)
             self._writer = self.trial_name
+        result = {**report.metrics, "done": report.is_final, "should_checkpoint": has_checkpoint}
         if report.is_final:
             self._end_trial()
-        return {**report.metrics, "done": report.is_final, "should_checkpoint": has_checkpoint}
+            return {**result, TRAINING_ENDED: True}
+        self._events.settle()  # a scheduler may end the trial now, and Ray this process
+        return result
+
+    def _run(self) -> Iterator[Report]:
+        name, spec = self.trial_name, self._spec()
+        cache = SharedProbeCache(
+            self._shared.hub, name, attempt_timeout_seconds=spec.settings.probe_timeout_seconds
+        )
+        return run_trial(spec, partial(self._events.send, name), cache, self._processes(spec))
+
+    def _processes(self, spec: TrialSpec) -> Callable[[Opening], TrialProcesses] | None:
+        """Return what starts the trial's processes; None: children of this one, ended with the trial."""
+        if len(self._bundles) > 1:
+            return lambda opening: WorkerProcesses(opening, self._actors)
+        if spec.task_payload is None and spec.device == "cpu":
+            return self._function_child.begin
+        return None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the trial's last checkpoint to where Ray stores it."""
@@ -133,19 +173,16 @@ class SweepTrial(tune.Trainable):
     def cleanup(self) -> None:
         """End the child and remove what is local."""
         self._end_trial()
+        with contextlib.suppress(RayError):  # the sweep may be over
+            self._events.settle()
         self._actors.kill()
+        self._function_child.kill()
         shutil.rmtree(self._dir, ignore_errors=True)
-
-    def _worker_processes(self, opening: Opening) -> WorkerProcesses:
-        return WorkerProcesses(opening, self._actors)
 
     def _end_trial(self) -> None:
         if self._reports is not None:
             self._reports.close()  # type: ignore[attr-defined]  # a generator
             self._reports = None
-
-    def _emit(self, name: str, event: Event) -> None:
-        self._shared.events.put((name, event))
 
     def _spec(self) -> TrialSpec:
         shared = self._shared
@@ -153,9 +190,6 @@ class SweepTrial(tune.Trainable):
         bundle, num_workers = self._bundles[0], len(self._bundles)
         if num_workers > shared.num_workers:
             config["memory"]["sharding"] = "full"
-        gpu, cpu = bundle.get("GPU", 0.0), bundle.get("CPU", 1.0)
-        node_id = ray.get_runtime_context().get_node_id()
-        share = min(1.0, gpu) if gpu else 1.0 / trials_per_node(bundle, node_id)
         return TrialSpec(
             config=config,
             settings=TrialSettings.from_config(
@@ -163,9 +197,9 @@ class SweepTrial(tune.Trainable):
             ),
             task_payload=shared.task_payload,
             function_payload=shared.function_payload,
-            device="cuda" if gpu else "cpu",
-            device_share=share,
-            num_threads=max(1, int(cpu)),
+            device="cuda" if bundle.get("GPU") else "cpu",
+            device_share=self._share,
+            num_threads=max(1, int(bundle.get("CPU", 1.0))),
             checkpoint_path=str(self._checkpoint) if self._is_resumed else None,
             preloaded_modules=shared.preloaded_modules,
             cloned_from=self._cloned_from,

@@ -73,5 +73,12 @@ class Task:
     """Whether the samples of a batch depend on one another beyond BatchNorm, as in a contrastive loss; then
     gradients cannot be accumulated exactly, and the trial says so."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics that the default training function reports."""
+        if self.val_data is None:
+            return ("train_loss",)
+        return ("train_loss", "val_loss", *(f"val_{name}" for name in self.metrics))
+
 
 BuildTask: TypeAlias = Callable[[dict[str, Any]], Task]

@@ -48,13 +48,6 @@ class EpochResult:
     gpu_utilization: float | None
 
 
-def metric_names(task: Task) -> list[str]:
-    """Return the names of the metrics this loop reports for a task."""
-    if task.val_data is None:
-        return ["train_loss"]
-    return ["train_loss", "val_loss", *(f"val_{name}" for name in task.metrics)]
-
-
 def checkpoint_microbatch_limit(checkpoint: Mapping[str, Any]) -> int:
     """Return the micro-batch limit that the checkpoint's trial trained with."""
     limit: int = checkpoint["microbatch_limit"]

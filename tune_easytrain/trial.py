@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.child_process import TORCH_MODULES
 from tune_easytrain.errors import MetricError, MicrobatchTooLargeError, did_you_mean
 from tune_easytrain.events import Event, Failed, Planned, Reported, Rescued, Started, TrainingEnded
 from tune_easytrain.exactness import check_exactness
@@ -43,7 +44,7 @@ class TrialSpec:
     device_share: float
     num_threads: int
     checkpoint_path: str | None = None
-    preloaded_modules: tuple[str, ...] = ()
+    preloaded_modules: tuple[str, ...] = TORCH_MODULES
     cloned_from: str = ""
 
 

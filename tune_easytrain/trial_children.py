@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from tune_easytrain.child_process import ChildProcess
+from tune_easytrain.child_process import TORCH_MODULES, ChildProcess
 from tune_easytrain.errors import ChildDiedError, EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
@@ -63,7 +63,7 @@ class TrialChildren:
     back where it was goes on to train.
     """
 
-    def __init__(self, opening: Opening, preloaded_modules: Sequence[str] = ()) -> None:
+    def __init__(self, opening: Opening, preloaded_modules: Sequence[str] = TORCH_MODULES) -> None:
         self._opening = opening
         self._preloaded_modules = preloaded_modules
         self._child: ChildProcess | None = None

@@ -19,7 +19,7 @@ from tune_easytrain.child_process import (
     end_with_owner,
     forkserver_context,
     main_module_hidden,
-    slow_modules_in_use,
+    modules_to_preload,
 )
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
@@ -53,7 +53,7 @@ def estimate_trials(
     keys = [estimate_key(config) for config in configs]
     distinct = dict(zip(keys, configs, strict=True))
     num_processes = min(len(distinct), len(os.sched_getaffinity(0)), _MOST_PROCESSES)
-    context = forkserver_context((*slow_modules_in_use(), "torchvision"))
+    context = forkserver_context((*modules_to_preload(), "torchvision"))
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin_worker)
     estimates: dict[str, MemoryEstimate | EstimateError] = {}
     try:

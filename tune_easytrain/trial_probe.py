@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, EstimateError, TaskError
 from tune_easytrain.events import Event, Planned, Probed
@@ -130,7 +130,7 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
             scratch_dir=scratch_dir,
             is_shared=False,
         )
-        preloaded = slow_modules_in_use()
+        preloaded = modules_to_preload()
         children, opened, choice = open_trial(
             opening,
             lambda opening: TrialChildren(opening, preloaded),

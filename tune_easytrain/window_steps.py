@@ -24,7 +24,7 @@ from tune_easytrain.learning_rate import rate_factor, scale_rates, scaled_rates,
 from tune_easytrain.length_batches import measure_lengths
 from tune_easytrain.loader import EpochWindows
 from tune_easytrain.loss_scale import LossScale
-from tune_easytrain.memory import ErrorKind, classify_error, first_line
+from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 from tune_easytrain.noise_scale import NoiseScale, SpreadMeter
 from tune_easytrain.optimizer_shards import OptimizerShards, shard_optimizer
 from tune_easytrain.plan_timing import PlanTiming

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tune_easytrain import Task
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.compiled_model import CompiledModel
 from tune_easytrain.events import Planned
 from tune_easytrain.task_source import pickle_function
@@ -113,7 +113,7 @@ def trained(kind: str, *, is_compiled: bool, precision: str) -> tuple[Planned, l
         device="cuda",
         device_share=1.0,
         num_threads=2,
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     losses = [report.metrics["train_loss"] for report in run_trial(spec, events.append)]
     (plan,) = [event for event in events if isinstance(event, Planned)]

@@ -11,7 +11,7 @@ import toys
 from torch import Tensor, nn
 
 from tune_easytrain import Task
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.task_source import pickle_function
 from tune_easytrain.trial import TrialSpec, run_trial
 
@@ -39,7 +39,7 @@ def trained(factor: float, **settings: Any) -> tuple[dict[str, float], dict[str,
         device="cuda",
         device_share=1.0,
         num_threads=2,
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     for report in run_trial(spec, lambda event: None):
         load = partial(torch.load, map_location="cpu", weights_only=True)

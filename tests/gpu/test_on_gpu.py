@@ -8,7 +8,7 @@ import torch
 import toys
 
 from tune_easytrain import find_microbatch
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.errors import NotEnoughMemoryError
 from tune_easytrain.events import Planned, Probed
 from tune_easytrain.probe import Outcome
@@ -90,7 +90,7 @@ def test_a_trial_trains_under_the_budget_it_was_probed_with(precision):
         device="cuda",
         device_share=1.0,
         num_threads=2,
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     reports = list(run_trial(spec, events.append))
     (plan,) = [event for event in events if isinstance(event, Planned)]

@@ -9,7 +9,7 @@ import toys
 from torch import nn
 
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.child_process import slow_modules_in_use
+from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.events import Probed, Rescued
 from tune_easytrain.memory import CudaMemory
 from tune_easytrain.rescue import Rescue
@@ -30,7 +30,7 @@ def test_training_that_runs_out_of_memory_goes_on_smaller():
         device="cuda",
         device_share=1.0,
         num_threads=2,
-        preloaded_modules=slow_modules_in_use(),
+        preloaded_modules=modules_to_preload(),
     )
     reports = list(run_trial(spec, events.append))
     (probe,) = [event for event in events if isinstance(event, Probed)]

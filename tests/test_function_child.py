@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -97,8 +98,19 @@ def test_trials_share_a_child_that_finds_itself_as_at_first(
     assert not any(report["is_marked"] or report["is_in_root"] for report in reports)
 
 
-def test_no_torch_is_loaded_for_functions_that_do_not_need_it(child: FunctionChild, tmp_path: Path) -> None:
-    assert not run(child, look_around, tmp_path)["has_torch"]
+def test_no_torch_is_loaded_for_functions_that_do_not_need_it(tmp_path: Path) -> None:
+    """In a process of its own, since this one's forkserver may be another test's, with torch."""
+    code = """
+import sys
+from pathlib import Path
+from test_function_child import FunctionChild, look_around, modules_to_preload, run
+child = FunctionChild(modules_to_preload(None, b""))
+print(run(child, look_around, Path(sys.argv[1]))["has_torch"])
+child.kill()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout == "0.0\n", done.stderr
 
 
 @pytest.mark.parametrize(

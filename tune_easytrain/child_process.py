@@ -25,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
-from tune_easytrain.orphans import end_with_parent
+from tune_easytrain.orphans import children_awaited, end_with_parent
 
 # Every optimizer imports torch._dynamo: seconds, and after the cap also memory of the trial's budget.
 TORCH_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
@@ -168,9 +168,11 @@ class ChildProcess:
         return message
 
     def kill(self) -> None:
-        """End the child now, if it still runs, and wait until it is gone."""
-        self._process.kill()
-        self._process.join(_KILL_WAIT_SECONDS)
+        """End the child now, if it still runs, and wait until it and its loader processes are gone."""
+        assert self._process.pid is not None
+        with children_awaited(self._process.pid, _KILL_WAIT_SECONDS):
+            self._process.kill()
+            self._process.join(_KILL_WAIT_SECONDS)
         self._connection.close()
 
     def _death(self) -> ChildDiedError:

@@ -23,6 +23,7 @@ from tune_easytrain.pending_watch import PendingWatch
 from tune_easytrain.preflight import prepare_cluster
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
 from tune_easytrain.progress import Progress, say_lines
+from tune_easytrain.ray_snapshot import is_whole
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
@@ -185,11 +186,11 @@ def _fit(
         recorder.listen_to(hub)
         SweepCallback.recorders[directory.key] = recorder
         try:
-            if tune.Tuner.can_restore(ray_path, filesystem):
+            if tune.Tuner.can_restore(ray_path, filesystem) and is_whole(ray_path, filesystem):
                 tuner = tune.Tuner.restore(
                     ray_path, trainable, resume_unfinished=True, storage_filesystem=filesystem
                 )
-            else:  # a new sweep, or one whose driver died before Ray had saved anything
+            else:  # a new sweep, or one whose driver died before Ray had saved it as a whole
                 tuner = _new_tuner(config, directory, trainable, max_experiments)
             tuner.fit()
         except InsufficientResourcesError as error:

@@ -17,7 +17,8 @@ from ray.exceptions import RayActorError
 
 import tune_easytrain as te
 from tune_easytrain.probe_cache import KnownSizes, ProbeEvidence, ProbeQuestion
-from tune_easytrain.shared_probe_cache import SharedProbeCache, start_probe_cache
+from tune_easytrain.shared_probe_cache import SharedProbeCache
+from tune_easytrain.sweep_hub import start_sweep_hub
 
 TASKS = Path(__file__).parent / "integration_tasks.py"
 MIB = 2**20
@@ -97,7 +98,7 @@ def is_there(actor: Any) -> bool:
 
 
 def test_trials_wait_for_each_other_and_do_without_a_cache_that_is_gone():
-    actor = start_probe_cache([])
+    actor = start_sweep_hub([])
     question = ProbeQuestion(signature="s", budget_bytes=100, limit=8)
     first, second = (SharedProbeCache(actor, name, attempt_timeout_seconds=60.0) for name in ("1", "2"))
     assert first.acquire(question) == KnownSizes()

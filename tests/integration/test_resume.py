@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from waiting import wait_for
 
 import tune_easytrain as te
 from tune_easytrain.errors import RunDirectoryError
+from tune_easytrain.ray_snapshot import is_whole
 from tune_easytrain.trial_record import TrialState
 
 CLI = [str(Path(sys.executable).with_name("tune-easytrain"))]
@@ -72,19 +74,20 @@ def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp
     assert frame[SAME_IN_ANY_RUN].equals(undisturbed[SAME_IN_ANY_RUN])
 
 
-def test_a_finished_sweep_resumed_runs_nothing_and_one_without_rays_record_starts_anew(toy_sweep, local_ray):
+def test_a_finished_sweep_resumed_runs_nothing_and_one_that_ray_half_saved_starts_anew(toy_sweep, local_ray):
     results = te.run(toy_sweep, quiet=True, max_experiments=1)
     before = results.frame()
     after = te.resume(results.run_dir, quiet=True).frame()
     assert after.equals(before)
     assert all(record.state is TrialState.FINISHED for record in results.records())
 
-    # As if the driver had been killed before Ray saved anything:
+    # As if the machine had been lost between Ray's upload of the trials and that of the search:
     for file in (results.run_dir / "trials").iterdir():
         file.write_text(file.read_text().splitlines()[0] + "\n")  # only `created` is left
-    for file in sorted((results.run_dir / "ray").rglob("*"), reverse=True):
-        file.unlink() if file.is_file() else file.rmdir()
-    (results.run_dir / "ray").rmdir()
+    ray_dir = results.run_dir / "ray"
+    assert is_whole(str(ray_dir), None)
+    snapshot = max(ray_dir.glob("experiment_state-*.json"))
+    snapshot.write_text(json.dumps(json.loads(snapshot.read_text()) | {"trial_data": []}))
     frame = te.resume(results.run_dir, quiet=True).frame()
     assert list(frame["state"]) == ["finished"]
     assert list(frame["model.type"]) == ["small"]

@@ -43,4 +43,4 @@ def test_a_trial_that_fails_leaves_its_actor_to_the_next_one(toy_sweep: dict[str
     frame = te.run(toy_sweep, quiet=True).frame()
     assert list(frame["state"]) == ["finished", "failed", "finished"]
     assert frame["error"][1] == "KeyError: 'label'"
-    assert frame["pid"][0] == frame["pid"][2]
+    assert frame["pid_last"][0] == frame["pid_last"][2]

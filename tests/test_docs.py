@@ -649,6 +649,32 @@ def test_the_table_of_sharing_is_what_was_measured() -> None:
         assert cells == [str(shared["seconds"]), str(alone["seconds"]), f"{ratio:.1f}", *map(str, times)]
 
 
+def test_the_costs_of_a_trial_are_what_was_measured() -> None:
+    overhead = json.loads((ROOT / "benchmarks/trial_overhead_2_cores.json").read_text())["rows"]
+    assert table_below("docs/scaling.md", "## One trial") == [
+        [
+            row["trial"],
+            f"{row['first_seconds']:.2f}",
+            f"{row['seconds_per_trial']:.4f}",
+            f"{row['all_seconds']:.2f}",
+        ]
+        for row in overhead
+    ]
+    scale = json.loads((ROOT / "benchmarks/scale_2_cores.json").read_text())
+    per_trial, simulated = scale["sweep"]["per_trial"], scale["simulated"]
+    assert table_below("docs/scaling.md", "## Driver and head") == [
+        [name, f"{per_trial[f'{name}_kib']:.2f}", f"{per_trial[f'{name}_cpu_ms']:.2f}"]
+        for name in ("driver", "gcs_server", "raylet")
+    ]
+    text = (ROOT / "docs/scaling.md").read_text()
+    assert f"The storage holds {per_trial['storage_kib']} KiB per trial" in text
+    rows = table_below("docs/scaling.md", "## Ten thousand trials on a thousand GPUs")
+    seconds = [f"{simulated[f'{step}_s']} s" for step in ("load", "create", "frame")]
+    events = f"{simulated['events_per_second']} events per second"
+    assert [cell for _, cell in rows] == [*seconds[:2], events, seconds[2]]
+    assert (simulated["num_trials"], simulated["num_events"]) == (10000, 140000)
+
+
 def test_the_keys_of_a_planned_trial_are_the_codes() -> None:
     (trial,) = make_plan(make_sweep(["small"])).trials
     assert [code(key) for key, _ in table_below("docs/memory.md", "## For scripts")] == list(trial.as_json())

@@ -9,16 +9,18 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_easytrain.config import TrialConfig
 from tune_easytrain.errors import BadInputError, InsufficientResourcesError
 from tune_easytrain.trial_request import ACCELERATOR_PREFIX, TrialRequest
 from tune_easytrain.yaml_source import read_file
+
+if TYPE_CHECKING:
+    from tune_easytrain.config import TrialConfig
 
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster's description on its head node."""

@@ -75,6 +75,7 @@ column per key (`model.type`); behind all of them the metrics, two columns each 
 `<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.`, `train.` and
 `memory.` keys."""
 
+_FIXED_NAMES = frozenset(column.name for column in COLUMNS)
 _IDENTITY = ("trial_id", "state", "error")
 _SCALAR_DTYPES = ((str, "string"), (bool, "boolean"), (int, "Int64"), (float, "Float64"))
 
@@ -170,20 +171,20 @@ def build_frame(
 ) -> pd.DataFrame:
     """Return the frame of some trials: fixed columns, config keys, metrics."""
     fixed = [column.name for column in COLUMNS]
-    rows, metrics = [], [metric]
-    config_columns = [_config_column(key) for key in config_keys]
+    rows, metrics = [], {metric: None}  # dicts as ordered sets: every trial brings the same names again
+    config_columns = dict.fromkeys(_config_column(key) for key in config_keys)
     for record in records:
         config = {_config_column(key): value for key, value in _flatten(record.config).items()}
-        config_columns.extend(config)
+        config_columns |= dict.fromkeys(config)
         best = record.best(metric, mode)
         values: dict[str, float | None] = {}
         for name in (name for name in record.last if name not in PROGRESS_KEYS):
-            metrics.append(name)
+            metrics[name] = None
             values |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}
         rows.append({**config, **values, **_fixed_values(record, best)})
     metric_columns = [f"{name}_{which}" for name in metrics for which in ("last", "best")]
     settings = [key for key in config_columns if key.split(".")[0] in SECTION_NAMES]
-    own = [key for key in config_columns if key not in settings]
+    own = [key for key in config_columns if key.split(".")[0] not in SECTION_NAMES]
     columns = list(dict.fromkeys([*_IDENTITY, *own, *fixed, *metric_columns, *settings]))
     frame = pd.DataFrame(rows, columns=columns)
     dtypes = {column.name: column.dtype for column in COLUMNS} | dict.fromkeys(metric_columns, "float64")
@@ -282,7 +283,7 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
 
 def _config_column(key: str) -> str:
     """Return the column of a config key; one that is also a fixed column gets the prefix `config.`."""
-    return f"config.{key}" if any(key == column.name for column in COLUMNS) else key
+    return f"config.{key}" if key in _FIXED_NAMES else key
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

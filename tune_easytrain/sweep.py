@@ -237,10 +237,12 @@ def _trainable(
         ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
         preloaded_modules=modules_to_preload(task, function),
     )
-    return tune.with_resources(
+    trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, shared=shared),
         lambda params: placement(requests.of(space.point_from_ray(params))),
     )
+    trainable.__qualname__ = SweepTrial.__qualname__  # Ray's dashboard shows it
+    return trainable
 
 
 def _new_tuner(

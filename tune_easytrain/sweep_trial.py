@@ -15,6 +15,7 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 
+from tune_easytrain.child_process import start_forkserver
 from tune_easytrain.cluster import trials_per_node
 from tune_easytrain.function_child import FunctionChild
 from tune_easytrain.protocol import Opening, Report
@@ -62,7 +63,7 @@ class SweepTrial(tune.Trainable):
     """Runs one trial after another; each step is one report of the trial's training function."""
 
     def setup(self, config: dict[str, Any], shared: SweepShared | None = None) -> None:
-        """Get ready for the first trial; nothing is started before the first step."""
+        """Get ready for the first trial; nothing of it is started before the first step."""
         assert shared is not None
         self._shared = shared
         self._dir = Path(tempfile.mkdtemp(prefix="tune_easytrain_trial_"))
@@ -75,6 +76,8 @@ class SweepTrial(tune.Trainable):
         bundle = self._bundles[0]
         self._actors = WorkerActors(len(self._bundles), bundle, shared.preloaded_modules)
         self._function_child = FunctionChild(shared.preloaded_modules)
+        if len(self._bundles) == 1:
+            start_forkserver(shared.preloaded_modules)
         node_id = ray.get_runtime_context().get_node_id()
         self._share = min(1.0, bundle.get("GPU", 0.0)) or 1.0 / trials_per_node(bundle, node_id)
         self._events = EventSender(shared.hub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import site
 import sys
 import sysconfig
@@ -153,12 +154,13 @@ def _modules_by_value(module: ModuleType | None) -> list[ModuleType]:
     if file is None:
         return [module]
     folder = Path(file).parent
+    within = f"{folder}{os.sep}"
     package = __name__.partition(".")[0]
     beside = [
         other
         for other in list(sys.modules.values())
         if isinstance(other, ModuleType)
-        and Path(getattr(other, "__file__", None) or "/").is_relative_to(folder)
+        and str(getattr(other, "__file__", None)).startswith(within)
         and other.__name__.partition(".")[0] not in (package, "__main__", "__mp_main__")
         and sys.modules.get(other.__name__) is other
         and not _is_installed(other)

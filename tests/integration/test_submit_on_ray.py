@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,16 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     pytest.fail(f"{text!r} was not said; exit code {process.wait()}: {''.join(said)}")
 
 
+def names_in_dashboard(head: Head) -> list[str]:
+    """What Ray's own dashboard calls the actors of a sweep's trials."""
+    request = urllib.request.Request(
+        f"{head.address}/api/v0/actors?detail=1", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+        actors = json.load(answer)["data"]["result"]["result"]
+    return [actor["repr_name"] for actor in actors if actor["class_name"] == "SweepTrial"]
+
+
 def job_of(submitting: subprocess.Popen[str]) -> str:
     """The job of a `submit` that has been killed: what it said at its start names it."""
     _, said = submitting.communicate(timeout=PATIENCE_SECONDS)
@@ -238,6 +249,7 @@ def test_a_sweep_outlives_those_who_watch_it_and_is_stopped_so_that_it_can_go_on
 
     watching = head.start("logs", job_id, "--follow")
     read_until(watching, "trial_00001 (large): started")
+    assert "toy: trial_00000 and later trials" in names_in_dashboard(head)
     watching.send_signal(signal.SIGINT)
     _, told = watching.communicate(timeout=PATIENCE_SECONDS)
     assert watching.returncode == 130

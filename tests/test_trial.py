@@ -103,6 +103,17 @@ def test_a_resumed_trial_confirms_the_size_it_had_and_goes_on_as_if_undisturbed(
         assert report.metrics[name] == second.metrics[name]
 
 
+def test_a_trial_that_cannot_even_make_its_scratch_folder_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    trial = start()
+    with pytest.raises(FileNotFoundError):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Failed]
+    assert "gone" in trial.event(Failed).error
+
+
 def build_normalized_task(config: dict[str, Any]) -> Task:
     """The small classifier with BatchNorm in it."""
     model = lambda: torch.nn.Sequential(  # noqa: E731

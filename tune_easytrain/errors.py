@@ -211,3 +211,7 @@ class NonFiniteLossError(TuneEasyTrainError):
 
 class ChildDiedError(TuneEasyTrainError):
     """The process that ran a trial's torch code ended without a word (killed, crashed, or hung)."""
+
+
+class WorkerLostError(ChildDiedError):
+    """One of a trial's workers is gone, maybe with its node, and what Ray had set aside with them."""

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from tune_easytrain.child_process import start_forkserver
 from tune_easytrain.cluster import trials_per_node
+from tune_easytrain.errors import WorkerLostError
 from tune_easytrain.function_child import FunctionChild
 from tune_easytrain.protocol import Opening, Report
 from tune_easytrain.run_directory import trial_id
@@ -108,8 +109,8 @@ class SweepTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next report of the trial's child process and hand it to Ray.
 
-        A trial that fails ends here like one that is done, which its events tell apart: to Ray a failure is
-        one of the actor, which would end with it, and take what it has imported along.
+        A trial whose own code fails ends here like one that is done, which its events tell apart: to Ray a
+        failure is one of the actor, which would end with it, and take what it has imported along.
         """
         name = self.trial_name
         if name in self._shared.ended:  # Ray's own record of it was older than ours
@@ -118,7 +119,8 @@ class SweepTrial(tune.Trainable):
             self._reports = self._run()
         try:
             report = next(self._reports, None)
-        except RayError:
+        except (RayError, WorkerLostError):  # this actor cannot go on to another trial either
+            self._events.settle()
             raise
         except Exception:  # noqa: BLE001 -- told in the trial's events, with its traceback
             self._reports = None

@@ -69,8 +69,7 @@ def run_trial(
     """
     is_resumed = spec.checkpoint_path is not None
     emit(Started(config=spec.config, resumed=is_resumed, cloned_from=spec.cloned_from))
-    scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
-    opening = _opening(spec, scratch_dir)
+    scratch_dir = ""
 
     def in_children(opening: Opening) -> TrialChildren:
         return TrialChildren(opening, spec.preloaded_modules)
@@ -79,6 +78,8 @@ def run_trial(
     cache = LocalProbeCache() if cache is None else cache
     children: TrialProcesses | None = None
     try:
+        scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
+        opening = _opening(spec, scratch_dir)
         children, opened, choice = open_trial(
             opening,
             start,
@@ -125,7 +126,8 @@ def run_trial(
     finally:
         if children is not None:
             children.kill()
-        shutil.rmtree(scratch_dir, ignore_errors=True)
+        if scratch_dir:
+            shutil.rmtree(scratch_dir, ignore_errors=True)
 
 
 def open_trial(

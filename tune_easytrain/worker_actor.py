@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tune_easytrain.child_process import RemoteError
 from tune_easytrain.cluster import trials_per_node
-from tune_easytrain.errors import ChildDiedError
+from tune_easytrain.errors import WorkerLostError
 from tune_easytrain.protocol import Continue, Opening, TrainRequest, WorkerPlace
 from tune_easytrain.trial_children import TrainingProcess, TrialChildren
 
@@ -182,11 +182,11 @@ def get_all(calls: Sequence[Any]) -> list[Any]:
     """Return what the calls of actors return.
 
     Raises:
-        ChildDiedError: One of the actors is gone.
+        WorkerLostError: One of the actors is gone.
     """
     try:
         values: list[Any] = ray.get(list(calls))
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ChildDiedError(f"a worker of the trial is gone: {reason}") from None
+        raise WorkerLostError(f"a worker of the trial is gone: {reason}") from None
     return values

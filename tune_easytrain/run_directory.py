@@ -26,6 +26,7 @@ from typing import Any
 
 from tune_easytrain.errors import RunDirectoryError, StorageError
 from tune_easytrain.local_copy import copy_path, fetch, fetch_file, load_driver
+from tune_easytrain.ownership import require_own
 from tune_easytrain.storage import Storage
 
 _REFRESH_SECONDS = 2.0
@@ -199,6 +200,14 @@ class RunDirectory:
         for path, payload in ((self.task_path, task), (self.train_function_path, train_function)):
             if payload is not None:
                 _write_whole(path, payload)
+
+    def require_own(self) -> None:
+        """Raise RunDirectoryError where another user could have changed what is unpickled from here.
+
+        Of what lies in an object store, the store's own rights decide who can change it.
+        """
+        folders = [self.path, *filter(Path.is_dir, [self.ray_dir])]
+        require_own([*folders, *(file for folder in folders for file in folder.iterdir() if file.is_file())])
 
     def load_functions(self) -> tuple[bytes | None, bytes | None]:
         """Return the pickled `build_task` and training function, None for what the sweep has not."""

@@ -19,6 +19,7 @@ from tune_easytrain.errors import InsufficientResourcesError, StorageLostError
 from tune_easytrain.events import Created, load_events
 from tune_easytrain.mirror import Mirror, mirrored
 from tune_easytrain.optional_packages import check_packages
+from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.pending_watch import PendingWatch
 from tune_easytrain.preflight import prepare_cluster
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
@@ -98,13 +99,14 @@ def run(
         )  # imports torch, which a driver on Ray does without
 
         check_local_gpu(config.trial)
-        directory = _create(config, task, function, max_experiments)
+        with written_by_nobody_else():
+            directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
         with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
             recorder = SweepRecorder(directory, records, progress.watch, mirror=mirror)
             run_trials_inline(config, task, function, recorder, max_experiments)
         return SweepResults(directory)
-    with ray_session(address, config.run.working_dir):
+    with written_by_nobody_else(), ray_session(address, config.run.working_dir):
         requests = prepare_cluster(config, task, max_experiments, console)
         directory = _create(config, task, function, max_experiments)
         say_lines(
@@ -117,7 +119,8 @@ def run(
 def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = False) -> SweepResults:
     """Go on with a sweep whose driver died; trials that had ended are neither run again nor changed.
 
-    Raises RunDirectoryError where the folder is no run directory, BadInputError as `run` does.
+    Raises RunDirectoryError where the folder is no run directory, or another user could have changed what is
+    stored there, BadInputError as `run` does.
     """
     directory = RunDirectory.open(run_dir)
     sweep = directory.load_sweep()
@@ -126,10 +129,11 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     check_packages(config)
     max_experiments = max(1, len(list(directory.trial_ids())) // num_repeats(config))
     console = Console(stderr=True, quiet=quiet)
+    directory.require_own()
     functions = directory.load_functions()
     if functions[0] is not None:
         start_forkserver(modules_to_preload(*functions))  # imports torch while Ray starts
-    with ray_session(address, config.run.working_dir):
+    with written_by_nobody_else(), ray_session(address, config.run.working_dir):
         requests = prepare_cluster(config, functions[0], max_experiments, console)
         _fit(config, directory, requests, max_experiments, console)
     return SweepResults(directory)

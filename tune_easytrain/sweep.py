@@ -24,7 +24,7 @@ from tune_easytrain.pending_watch import PendingWatch
 from tune_easytrain.preflight import prepare_cluster
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
 from tune_easytrain.progress import Progress, say_lines
-from tune_easytrain.ray_snapshot import is_whole
+from tune_easytrain.ray_snapshot import StoredCheckpoints, is_whole
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
@@ -42,11 +42,13 @@ from tune_easytrain.search_space import (
 from tune_easytrain.storage import Storage
 from tune_easytrain.sweep_hub import start_sweep_hub
 from tune_easytrain.sweep_plan import build_plan
-from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
+from tune_easytrain.sweep_trial import CHECKPOINT_NAME, SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
-from tune_easytrain.trial_record import TrialRecord
+from tune_easytrain.trial_record import TrialRecord, TrialState
 from tune_easytrain.trial_request import TrialRequests
+
+_BEGUN = (TrialState.PROBING, TrialState.TRAINING)
 
 
 def run(
@@ -180,9 +182,8 @@ def _fit(
 ) -> None:
     """Let Ray Tune run what has not ended yet, write down what happens, and show it."""
     records, evidence = _load_trials(directory)
-    hub = start_sweep_hub(evidence, beside_driver())
-    trainable = _trainable(config, directory, requests, hub, records)
     ray_path, filesystem = directory.ray_place
+    hub = start_sweep_hub(evidence, beside_driver())
     with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
         pending = PendingWatch(requests.all)
         on_failure, on_step = hub.release.remote, pending.look
@@ -190,11 +191,17 @@ def _fit(
         recorder.listen_to(hub)
         SweepCallback.recorders[directory.key] = recorder
         try:
-            if tune.Tuner.can_restore(ray_path, filesystem) and is_whole(ray_path, filesystem):
+            # Not of a new sweep, nor of one whose driver died before Ray had saved it as a whole.
+            is_restorable = tune.Tuner.can_restore(ray_path, filesystem) and is_whole(ray_path, filesystem)
+            begun = {} if is_restorable else {n: r.config for n, r in records.items() if r.state in _BEGUN}
+            checkpoints = StoredCheckpoints.find(ray_path, filesystem, begun, CHECKPOINT_NAME)
+            ended = {name: dict(record.last) for name, record in records.items() if record.state.is_final}
+            trainable = _trainable(config, directory, requests, hub, ended, begun, checkpoints)
+            if is_restorable:
                 tuner = tune.Tuner.restore(
                     ray_path, trainable, resume_unfinished=True, storage_filesystem=filesystem
                 )
-            else:  # a new sweep, or one whose driver died before Ray had saved it as a whole
+            else:
                 tuner = _new_tuner(config, directory, trainable, max_experiments)
             tuner.fit()
         except InsufficientResourcesError as error:
@@ -225,7 +232,9 @@ def _trainable(
     directory: RunDirectory,
     requests: TrialRequests,
     hub: Any,
-    records: Mapping[str, TrialRecord],
+    ended: Mapping[str, Mapping[str, float]],
+    begun: Mapping[str, dict[str, Any]],
+    checkpoints: StoredCheckpoints,
 ) -> Any:
     task, function = directory.load_functions()
     space = build_trial_space(config)
@@ -238,7 +247,9 @@ def _trainable(
         metric=config.run.metric,
         mode=config.run.mode,
         hub=hub,
-        ended={name: dict(record.last) for name, record in records.items() if record.state.is_final},
+        ended=ended,
+        begun=begun,
+        checkpoints=checkpoints,
         preloaded_modules=modules_to_preload(task, function),
     )
     trainable = tune.with_resources(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from tune_easytrain.cluster import trials_per_node
 from tune_easytrain.errors import WorkerLostError
 from tune_easytrain.function_child import FunctionChild
 from tune_easytrain.protocol import Opening, Report
+from tune_easytrain.ray_snapshot import StoredCheckpoints
 from tune_easytrain.run_directory import trial_id
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
@@ -33,7 +35,9 @@ from tune_easytrain.workers import WorkerProcesses
 TRAINING_ENDED = "training_ended"
 """What Ray's last result of a trial holds besides its metrics, unless the trial failed or was stopped."""
 
-_CHECKPOINT_NAME = "checkpoint.pt"
+CHECKPOINT_NAME = "checkpoint.pt"
+"""The file in each of the folders that Ray stores as a checkpoint."""
+
 _WRITER_NAME = "written_by"
 """The file beside a stored checkpoint with the id of its trial; a scheduler may hand it to another one."""
 
@@ -45,7 +49,9 @@ class SweepShared:
     `num_workers` is how many workers the sweep file gives a trial; one that fits on no GPU may have got more,
     to share out its model.
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
-    `hub` is the handle of the sweep's `SweepHub`.
+    `hub` is the handle of the sweep's `SweepHub`. Of trials that have begun, but
+    not as far as Ray knows, `begun` holds the configs, with the values drawn for them, and `checkpoints` the
+    files.
     """
 
     sweep_name: str
@@ -57,6 +63,8 @@ class SweepShared:
     mode: Literal["min", "max"]
     hub: Any
     ended: Mapping[str, Mapping[str, float]]
+    begun: Mapping[str, dict[str, Any]]
+    checkpoints: StoredCheckpoints
     preloaded_modules: tuple[str, ...]
 
 
@@ -99,12 +107,13 @@ class SweepTrial(tune.Trainable):
 
     def _set_trial(self, config: dict[str, Any]) -> None:
         self._config = config
+        self._known_config: dict[str, Any] | None = None
         self._is_resumed = False
         self._writer = self._cloned_from = ""
 
     @property
     def _checkpoint(self) -> Path:
-        return self._dir / _CHECKPOINT_NAME
+        return self._dir / CHECKPOINT_NAME
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report of the trial's child process and hand it to Ray.
@@ -116,6 +125,10 @@ class SweepTrial(tune.Trainable):
         if name in self._shared.ended:  # Ray's own record of it was older than ours
             return {self._shared.metric: float("nan"), **self._shared.ended[name], "done": True}
         if self._reports is None:
+            if not self._is_resumed and name in self._shared.begun:
+                self._known_config = self._shared.begun[name]
+                self._is_resumed = self._shared.checkpoints.fetch(name, self._checkpoint)
+                self._writer = name
             self._reports = self._run()
         try:
             report = next(self._reports, None)
@@ -163,12 +176,12 @@ class SweepTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the trial's last checkpoint to where Ray stores it."""
         if self._checkpoint.is_file():
-            shutil.copy2(self._checkpoint, Path(checkpoint_dir) / _CHECKPOINT_NAME)
+            shutil.copy2(self._checkpoint, Path(checkpoint_dir) / CHECKPOINT_NAME)
             (Path(checkpoint_dir) / _WRITER_NAME).write_text(self._writer)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Take a checkpoint that Ray stored, of this trial or of a better one; the child goes on from it."""
-        stored = Path(checkpoint) / _CHECKPOINT_NAME
+        stored = Path(checkpoint) / CHECKPOINT_NAME
         if stored.is_file():
             shutil.copy2(stored, self._checkpoint)
             self._is_resumed = True
@@ -191,7 +204,7 @@ class SweepTrial(tune.Trainable):
 
     def _spec(self) -> TrialSpec:
         shared = self._shared
-        config = shared.space.config_from_ray(self._config)
+        config = copy.deepcopy(self._known_config) or shared.space.config_from_ray(self._config)
         bundle, num_workers = self._bundles[0], len(self._bundles)
         if num_workers > shared.num_workers:
             config["memory"]["sharding"] = "full"

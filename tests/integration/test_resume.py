@@ -74,23 +74,34 @@ def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp
     assert frame[SAME_IN_ANY_RUN].equals(undisturbed[SAME_IN_ANY_RUN])
 
 
-def test_a_finished_sweep_resumed_runs_nothing_and_one_that_ray_half_saved_starts_anew(toy_sweep, local_ray):
+def test_a_finished_sweep_resumed_runs_nothing_and_a_trial_that_ray_has_lost_goes_on(toy_sweep, local_ray):
+    toy_sweep["grid_search"]["grid"]["hp.learning_rate"] = {"loguniform": [1e-4, 1e-1]}
     results = te.run(toy_sweep, quiet=True, max_experiments=1)
     before = results.frame()
     after = te.resume(results.run_dir, quiet=True).frame()
     assert after.equals(before)
-    assert all(record.state is TrialState.FINISHED for record in results.records())
+    (finished,) = results.records()
+    assert finished.state is TrialState.FINISHED
 
-    # As if the machine had been lost between Ray's upload of the trials and that of the search:
-    for file in (results.run_dir / "trials").iterdir():
-        file.write_text(file.read_text().splitlines()[0] + "\n")  # only `created` is left
+    # As if the machine had been lost after the first epoch, between Ray's uploads of the trials and the search,
+    # and in the middle of the second checkpoint's:
+    (events,) = (results.run_dir / "trials").iterdir()
+    lines = events.read_text().splitlines(keepends=True)
+    first_report = next(number for number, line in enumerate(lines) if '"reported"' in line)
+    events.write_text("".join(lines[: first_report + 1]))
     ray_dir = results.run_dir / "ray"
     assert is_whole(str(ray_dir), None)
     snapshot = max(ray_dir.glob("experiment_state-*.json"))
     snapshot.write_text(json.dumps(json.loads(snapshot.read_text()) | {"trial_data": []}))
+    second = ray_dir / "trial_00000/checkpoint_000001/checkpoint.pt"
+    second.write_bytes(second.read_bytes()[:-1000])
+
     frame = te.resume(results.run_dir, quiet=True).frame()
-    assert list(frame["state"]) == ["finished"]
-    assert list(frame["model.type"]) == ["small"]
+    (again,) = results.records()
+    assert '"resumed": true' in events.read_text()
+    assert (again.state, again.config) == (TrialState.FINISHED, finished.config)
+    assert [report["epoch"] for report in again.reports] == [1, 2]
+    assert frame[SAME_IN_ANY_RUN].equals(before[SAME_IN_ANY_RUN])
 
 
 def test_resume_of_another_folder_is_bad_input(tmp_path):

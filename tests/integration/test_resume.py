@@ -83,8 +83,8 @@ def test_a_finished_sweep_resumed_runs_nothing_and_a_trial_that_ray_has_lost_goe
     (finished,) = results.records()
     assert finished.state is TrialState.FINISHED
 
-    # As if the machine had been lost after the first epoch, between Ray's uploads of the trials and the search,
-    # and in the middle of the second checkpoint's:
+    # As if the machine had been lost after the first epoch, between Ray's uploads of trials and search, and
+    # in the middle of that of the second checkpoint:
     (events,) = (results.run_dir / "trials").iterdir()
     lines = events.read_text().splitlines(keepends=True)
     first_report = next(number for number, line in enumerate(lines) if '"reported"' in line)

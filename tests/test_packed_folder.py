@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tune_easytrain.errors import BadInputError
@@ -58,6 +58,9 @@ def files_for_git(folder: Path) -> set[str]:
     paths=st.sets(PATHS, min_size=1, max_size=12),
     rules=st.dictionaries(st.sampled_from(["", "a", "data", "a/b"]), st.lists(RULES, max_size=5), max_size=3),
 )
+@example(paths={"a/a"}, rules={"": ["a", "!a/"]})
+@example(paths={"a/b"}, rules={"": ["b", "!a"]})
+@example(paths={"a/b"}, rules={"": ["a", "!a/**"]})
 def test_what_gitignore_leaves_out_is_what_git_leaves_out(
     paths: set[str], rules: dict[str, list[str]]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -148,6 +149,20 @@ def _is_ignored(path: PurePosixPath, is_folder: bool, rules: tuple[_Rules, ...])
     for folder, patterns in reversed(rules):
         name = f"{path.relative_to(folder)}{'/' if is_folder else ''}"
         for pattern in reversed(patterns):
-            if pattern.include is not None and pattern.match_file(name):
-                return pattern.include
+            if pattern.regex is not None and _names(pattern.regex, name):
+                return bool(pattern.include)
     return False
+
+
+def _names(regex: re.Pattern[str], name: str) -> bool:
+    """Return whether a pattern names this very path, as git has it, and not one of the folders above it.
+
+    Those have been looked at before. pathspec's own match is of both, so that `!a/` would bring back a file
+    `a/a` that `a` leaves out.
+    """
+    ends = [match.end() for match in regex.finditer(name)]
+    if "ps_d" in regex.groupindex:  # the slash behind a folder's name, or the end
+        return len(name) in ends
+    if regex.pattern.endswith("/"):  # of `a/**`: what is in the folder, and not itself
+        return any(end < len(name) for end in ends)
+    return bool(ends)

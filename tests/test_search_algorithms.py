@@ -76,6 +76,8 @@ def test_without_names_ray_draws_and_nothing_is_stopped() -> None:
         ({}, {"train.epochs": [3, 20, 5]}, 20),
         ({}, {"train.epochs": {"randint": [3, 21]}}, 20),
         ({"epochs": None, "num_steps": 50}, {}, None),
+        ({"epochs": None, "function": "module:function"}, {}, None),
+        ({"epochs": 3, "function": "module:function"}, {}, 3),
         ({"epochs": None}, {"train.num_samples": {"choice": [50, 60]}}, None),
     ],
 )

@@ -13,9 +13,7 @@ from ray.tune.search import Searcher
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import Distribution
 from tune_easytrain.search_space import distributions, param_space, perturbed_keys
-
-_TIME = "epoch"
-"""What schedulers count time in; every report has it."""
+from tune_easytrain.sweep_trial import TIME
 
 _EPOCHS_UNKNOWN = 10**9
 """What stands for the epochs of a trial whose budget is in samples or steps."""
@@ -57,7 +55,7 @@ def build_scheduler(config: SweepConfig) -> tune.schedulers.TrialScheduler | Non
         settings["min_samples_required"] = settings.pop("min_samples")
     else:
         settings["max_t"] = most_epochs(config) or _EPOCHS_UNKNOWN
-    return schedulers[name](time_attr=_TIME, **settings)
+    return schedulers[name](time_attr=TIME, **settings)
 
 
 class _LeavesOutEnded:
@@ -82,7 +80,7 @@ def _build_population(
     """Return PBT (Jaderberg et al. 2017, arXiv:1711.09846) or PB2 (Parker-Holder et al. 2020, 2002.02518)."""
     drawn = distributions(config.grid_search)
     ranges = {key: (drawn[key].args[0], drawn[key].args[1]) for key in perturbed_keys(config)}
-    common = {"time_attr": _TIME, "custom_explore_fn": _StayWithin(ranges), **settings}
+    common = {"time_attr": TIME, "custom_explore_fn": _StayWithin(ranges), **settings}
     if name == "pb2":
         return PB2(hyperparam_bounds={key: list(bounds) for key, bounds in ranges.items()}, **common)
     domains = param_space(config)
@@ -114,10 +112,14 @@ def num_checkpoints_kept(config: SweepConfig) -> int:
 
 
 def most_epochs(config: SweepConfig) -> int | None:
-    """Return the most epochs that a trial trains; None where a budget is in samples or steps."""
+    """Return the most epochs that a trial trains; None where it is not known.
+
+    That is where a budget is in samples or steps, and where a function of the user's own decides.
+    """
     if _train_values(config, "num_samples") or _train_values(config, "num_steps"):
         return None
-    return max(_train_values(config, "epochs"), default=1)
+    has_own_function = config.train.function is not None or "train.function" in config.grid_search.grid
+    return max(_train_values(config, "epochs"), default=None if has_own_function else 1)
 
 
 def _train_values(config: SweepConfig, name: str) -> list[int]:

@@ -35,6 +35,9 @@ from tune_easytrain.workers import WorkerProcesses
 TRAINING_ENDED = "training_ended"
 """What Ray's last result of a trial holds besides its metrics, unless the trial failed or was stopped."""
 
+TIME = "epoch"
+"""What schedulers go by: the metric that counts a trial's reports."""
+
 CHECKPOINT_NAME = "checkpoint.pt"
 """The file in each of the folders that Ray stores as a checkpoint."""
 
@@ -49,9 +52,9 @@ class SweepShared:
     `num_workers` is how many workers the sweep file gives a trial; one that fits on no GPU may have got more,
     to share out its model.
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
-    `hub` is the handle of the sweep's `SweepHub`. Of trials that have begun, but
-    not as far as Ray knows, `begun` holds the configs, with the values drawn for them, and `checkpoints` the
-    files.
+    `hub` is the handle of the sweep's `SweepHub`.
+    Of trials that have begun, but not as far as Ray knows, `begun` holds the configs, with the values drawn
+    for them, and `checkpoints` the files.
     """
 
     sweep_name: str
@@ -123,7 +126,7 @@ class SweepTrial(tune.Trainable):
         """
         name = self.trial_name
         if name in self._shared.ended:  # Ray's own record of it was older than ours
-            return {self._shared.metric: float("nan"), **self._shared.ended[name], "done": True}
+            return self._end_result(self._shared.ended[name])
         if self._reports is None:
             if not self._is_resumed and name in self._shared.begun:
                 self._known_config = self._shared.begun[name]
@@ -138,14 +141,9 @@ class SweepTrial(tune.Trainable):
         except Exception:  # noqa: BLE001 -- told in the trial's events, with its traceback
             self._reports = None
             self._events.settle()
-            return {**self._last_metrics, self._shared.metric: float("nan"), "done": True}
+            return self._end_result({**self._last_metrics, self._shared.metric: float("nan")})
         if report is None:
-            return {
-                self._shared.metric: float("nan"),
-                **self._last_metrics,
-                "done": True,
-                TRAINING_ENDED: True,
-            }
+            return self._end_result(self._last_metrics) | {TRAINING_ENDED: True}
         self._last_metrics = report.metrics
         has_checkpoint = report.checkpoint_path is not None
         if report.checkpoint_path is not None:
@@ -157,6 +155,10 @@ class SweepTrial(tune.Trainable):
             return {**result, TRAINING_ENDED: True}
         self._events.settle()  # a scheduler may end the trial now, and Ray this process
         return result
+
+    def _end_result(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return a result that ends the trial, with what schedulers read from every one."""
+        return {TIME: 0, self._shared.metric: float("nan"), **metrics, "done": True}
 
     def _run(self) -> Iterator[Report]:
         name, spec = self.trial_name, self._spec()

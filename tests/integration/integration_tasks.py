@@ -41,6 +41,12 @@ def report_the_forkserver(config: dict[str, Any], trial: TrialContext) -> None:
     trial.report({"pid": os.getppid()})
 
 
+def report_four_times(config: dict[str, Any], trial: TrialContext) -> None:
+    """Reports `value` four times; fails at once without one."""
+    for _ in range(4):
+        trial.report({"value": float(config["value"])})
+
+
 def build_task_with_a_file(config: dict[str, Any]) -> Task:
     """A task whose training data are in the file `data.file`; `toy.seconds_per_loss` makes it slow."""
 

@@ -129,6 +129,21 @@ def test_schedulers_stop_trials_early(toy_sweep, scheduler):
     assert (stopped["epochs"] < 4).all()
 
 
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_trial_that_fails_before_its_first_report_does_not_disturb_a_scheduler(toy_sweep, name):
+    del toy_sweep["task"]
+    toy_sweep["config"] = {}
+    toy_sweep["grid_search"] = {"grid": {"value": ["none", 1.0, 0.5, 0.5]}}
+    toy_sweep["batch"] = {"probe": "off"}
+    toy_sweep["train"] = {"function": f"{TASKS}:report_four_times", "epochs": 5}
+    settings = {"asha": {"grace_period": 1, "reduction_factor": 2}, "median": {"min_samples": 1}}
+    toy_sweep["run"] |= {"metric": "value", "scheduler": {"name": name, **settings.get(name, {})}}
+    frame = run(toy_sweep).frame()
+    assert frame["error"][0] == "ValueError: could not convert string to float: 'none'"
+    assert list(frame["state"][:2]) == ["failed", "finished"], list(frame["error"])
+    assert set(frame["state"][2:]) <= {"finished", "stopped"}
+
+
 def test_own_training_functions_get_the_plan_in_a_worker_that_never_loads_torch(toy_sweep):
     """Also with drawn values, of which there is one trial per sample; who never reports has failed."""
     toy_sweep["train"]["function"] = f"{TASKS}:{train_by_hand.__name__}"

@@ -23,6 +23,7 @@ RATE = {"hp.lr": {"loguniform": [1e-5, 1e-1]}}
 def sweep(run: dict[str, Any], grid: dict[str, Any] | None = None, **train: Any) -> SweepConfig:
     return load_config(
         {
+            "task": "module:task",
             "grid_search": {"grid": {**RATE, **(grid or {})}},
             "batch": {"effective_batch_size": 8},
             "train": {"epochs": 9, **train},

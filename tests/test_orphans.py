@@ -61,4 +61,4 @@ def test_a_process_that_is_gone_has_no_children_to_wait_for() -> None:
     parent.kill()
     parent.wait()
     with children_awaited(parent.pid, 30):
-        pass
+        assert not is_running(parent.pid)

@@ -33,6 +33,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_what_a_sweep_stores_nobody_else_can_change(run_dir: Path) -> None:
     require_own([run_dir, run_dir / "task.pkl", run_dir / "sweep.json"])
+    assert not any(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for path in run_dir.glob("*"))
 
 
 @pytest.mark.parametrize("place", ["", "task.pkl", "ray", "ray/tuner.pkl"])

@@ -6,6 +6,7 @@ import.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +42,10 @@ class FunctionSession:
         self._opening = opening
         self._settings = settings = opening.settings
         self.memory: DeviceMemory
+        torch = sys.modules.get("torch") if opening.device == "cpu" else importlib.import_module("torch")
+        if torch is not None:
+            torch.set_num_threads(opening.num_threads)
         if opening.device == "cpu":
-            torch = sys.modules.get("torch")
-            if torch is not None:
-                torch.set_num_threads(opening.num_threads)
             self._device, self._device_name = "cpu", "cpu"
             self.memory = CpuMemory()
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def is_whole(ray_path: str, filesystem: fs.FileSystem | None) -> bool:
 
     Raises OSError where the storage does not answer.
     """
-    filesystem = fs.LocalFileSystem() if filesystem is None else filesystem
+    filesystem = filesystem or fs.LocalFileSystem()
     paths = [info.path for info in filesystem.get_file_info(fs.FileSelector(ray_path))]
     trials, search = _newest(paths, _TRIALS_PREFIX), _newest(paths, _SEARCH_PREFIX)
     if search is None:  # another algorithm's
@@ -49,25 +49,25 @@ def is_whole(ray_path: str, filesystem: fs.FileSystem | None) -> bool:
 class StoredCheckpoints:
     """The checkpoints of trials that go on without Ray's knowledge of them.
 
-    `files` has those of each trial, the newest first; `filesystem` is where they are, None: on this machine.
+    `files` has those of each trial, the newest first; `filesystem` is where they are.
     """
 
-    filesystem: fs.FileSystem | None = None
-    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    filesystem: fs.FileSystem
+    files: Mapping[str, Sequence[str]]
 
     @classmethod
     def find(
         cls, ray_path: str, filesystem: fs.FileSystem | None, trials: Iterable[str], name: str
     ) -> StoredCheckpoints:
-        """Look for the files of that name in the folders of some trials.
+        """Look for the files of that name in the folders of some trials; arguments as of `is_whole`.
 
         Raises OSError where the storage does not answer.
         """
-        place = fs.LocalFileSystem() if filesystem is None else filesystem
+        filesystem = filesystem or fs.LocalFileSystem()
         files = {}
         for trial in trials:
             selector = fs.FileSelector(f"{ray_path}/{trial}", allow_not_found=True, recursive=True)
-            found = [info for info in place.get_file_info(selector) if info.base_name == name]
+            found = [info for info in filesystem.get_file_info(selector) if info.base_name == name]
             found.sort(key=lambda info: (info.mtime_ns, info.path), reverse=True)
             files[trial] = [info.path for info in found]
         return cls(filesystem, files)
@@ -78,9 +78,8 @@ class StoredCheckpoints:
         One whose upload was cut off is passed over: torch's files are zip files, whose end says what is in
         them.
         """
-        place = fs.LocalFileSystem() if self.filesystem is None else self.filesystem
         for stored in self.files.get(trial, ()):
-            path.write_bytes(_read(place, stored))
+            path.write_bytes(_read(self.filesystem, stored))
             if zipfile.is_zipfile(path):
                 return True
             path.unlink()

@@ -168,7 +168,3 @@ class SweepCallback(tune.Callback):
         """Close the record of a trial that ended with an error."""
         error = trial.get_error()
         self._recorder.fail(str(trial), str(error) if error else "")
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Write what is left."""
-        self._recorder.drain(force=True)

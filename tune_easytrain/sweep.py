@@ -114,7 +114,7 @@ def run(
         say_lines(
             console, [f"Run directory: {directory.place}", f"If interrupted: {directory.resume_command}"]
         )
-        _fit(config, directory, requests, max_experiments, console)
+        _fit(config, directory, (task, function), requests, max_experiments, console)
     return SweepResults(directory)
 
 
@@ -137,7 +137,7 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
         start_forkserver(modules_to_preload(*functions))  # imports torch while Ray starts
     with written_by_nobody_else(), ray_session(address, config.run.working_dir):
         requests = prepare_cluster(config, functions[0], max_experiments, console)
-        _fit(config, directory, requests, max_experiments, console)
+        _fit(config, directory, functions, requests, max_experiments, console)
     return SweepResults(directory)
 
 
@@ -176,6 +176,7 @@ def _load_trials(directory: RunDirectory) -> tuple[dict[str, TrialRecord], list[
 def _fit(
     config: SweepConfig,
     directory: RunDirectory,
+    functions: tuple[bytes | None, bytes | None],
     requests: TrialRequests,
     max_experiments: int,
     console: Console,
@@ -196,7 +197,7 @@ def _fit(
             begun = {} if is_restorable else {n: r.config for n, r in records.items() if r.state in _BEGUN}
             checkpoints = StoredCheckpoints.find(ray_path, filesystem, begun, CHECKPOINT_NAME)
             ended = {name: dict(record.last) for name, record in records.items() if record.state.is_final}
-            trainable = _trainable(config, directory, requests, hub, ended, begun, checkpoints)
+            trainable = _trainable(config, functions, requests, hub, ended, begun, checkpoints)
             if is_restorable:
                 tuner = tune.Tuner.restore(
                     ray_path, trainable, resume_unfinished=True, storage_filesystem=filesystem
@@ -229,14 +230,14 @@ def _storage_failure(error: OSError | tune.TuneError) -> str | None:
 
 def _trainable(
     config: SweepConfig,
-    directory: RunDirectory,
+    functions: tuple[bytes | None, bytes | None],
     requests: TrialRequests,
     hub: Any,
     ended: Mapping[str, Mapping[str, float]],
     begun: Mapping[str, dict[str, Any]],
     checkpoints: StoredCheckpoints,
 ) -> Any:
-    task, function = directory.load_functions()
+    task, function = functions
     space = build_trial_space(config)
     shared = SweepShared(
         sweep_name=config.name,

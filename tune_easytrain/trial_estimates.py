@@ -53,7 +53,7 @@ def estimate_trials(
     keys = [estimate_key(config) for config in configs]
     distinct = dict(zip(keys, configs, strict=True))
     num_processes = min(len(distinct), len(os.sched_getaffinity(0)), _MOST_PROCESSES)
-    context = forkserver_context((*modules_to_preload(), "torchvision"))
+    context = forkserver_context((*modules_to_preload(task_payload), "torchvision"))
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin_worker)
     estimates: dict[str, MemoryEstimate | EstimateError] = {}
     try:

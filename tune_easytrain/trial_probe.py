@@ -130,7 +130,7 @@ def probe_trial(config: SweepConfig, number: int, say: Callable[[str], None]) ->
             scratch_dir=scratch_dir,
             is_shared=False,
         )
-        preloaded = modules_to_preload()
+        preloaded = modules_to_preload(task)
         children, opened, choice = open_trial(
             opening,
             lambda opening: TrialChildren(opening, preloaded),

@@ -105,12 +105,13 @@ class Workers:
     def train(self, case: Case, num_steps: int, num_workers: int, *, is_compared: bool = False) -> Done:
         """Return what came of a training with so many workers, as the first of them saw it."""
         first, *others = self._connections[:num_workers]
-        place = WorkerPlace(0, num_workers) if others else None
+        place = WorkerPlace(0, num_workers, "127.0.0.1") if others else None
         first.send(Job(case, num_steps, place, is_compared))
         if others:
-            address = ("127.0.0.1", first.recv())
+            port = first.recv()
             for rank, connection in enumerate(others, start=1):
-                connection.send(Job(case, num_steps, WorkerPlace(rank, num_workers, address), is_compared))
+                place = WorkerPlace(rank, num_workers, "127.0.0.1", port)
+                connection.send(Job(case, num_steps, place, is_compared))
         done: Done = first.recv()
         for connection in others:
             connection.recv()

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from tune_easytrain.errors import BadInputError, ConfigError, DataError, Fault, UnknownNameError
+from tune_easytrain.plain_text import printable
 from tune_easytrain.task import Task
 
 if TYPE_CHECKING:
@@ -502,10 +503,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_experiments=options.max_experiments,
         )
     except BadInputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     shown = [*SHOWN_COLUMNS, f"{results.metric}_best", "error"]
-    print(results.frame().filter(items=shown).to_string(index=False))
+    print(printable(results.frame().filter(items=shown).to_string(index=False)))
     print(f"Run directory: {results.run_dir}")
     return 1 if results.num_failed else 0
 

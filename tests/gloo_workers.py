@@ -28,8 +28,7 @@ def on_ranks(work: Callable[[RankGroup], Any], num_workers: int = 2, device: tor
     try:
         for rank in range(num_workers):
             ours, theirs = context.Pipe()
-            address = None if port is None else ("127.0.0.1", port)
-            place = WorkerPlace(rank, num_workers, address)
+            place = WorkerPlace(rank, num_workers, "127.0.0.1", port)
             process = context.Process(target=serve, args=(theirs, place, device, cloudpickle.dumps(work)))
             process.start()
             theirs.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -180,3 +181,39 @@ def test_children_find_torch_imported_unless_neither_task_nor_function_needs_it(
 
     assert "pandas" not in modules_to_preload(b"a task")
     assert "pandas" in modules_to_preload(b"a task with pandas")
+
+
+def build_that_hangs_in_c(config: dict[str, Any]) -> Any:
+    ctypes.CDLL(None).sleep(3600)
+
+
+@pytest.mark.parametrize("build", [build_that_hangs, build_that_hangs_in_c])
+def test_a_child_that_hangs_says_where_it_is_also_inside_a_c_call(
+    start: Callable[[Any], ChildProcess], build: Any
+) -> None:
+    child = start(build)
+    deadline, stack = time.monotonic() + 60, ""
+    while build.__name__ not in stack and time.monotonic() < deadline:  # until it has come to there
+        stack = child.stack()
+    assert build.__name__ in stack
+    assert "test_child_process.py" in stack
+    with pytest.raises(TimeoutError):
+        child.receive(0.05)  # it is where it was
+
+
+def test_a_child_that_is_gone_has_no_stack(start: Callable[[Any], ChildProcess]) -> None:
+    child = start(build_that_is_killed)
+    with pytest.raises(ChildDiedError):
+        child.receive()
+    assert child.stack() == ""
+
+
+def test_a_child_that_does_not_train_ends_at_once_when_it_is_told(
+    start: Callable[[Any], ChildProcess],
+) -> None:
+    child = start(build_that_hangs)
+    with pytest.raises(TimeoutError):
+        child.receive(0.5)
+    child.terminate(wait_seconds=30)
+    with pytest.raises(ChildDiedError, match="ended by SIGTERM$"):
+        child.receive()

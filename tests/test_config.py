@@ -364,6 +364,9 @@ def test_the_defaults(tmp_path: Path) -> None:
         "trial": {
             "resources": {"cpu": 1.0, "gpu": 0.0, "accelerator_type": None, "custom": {}},
             "num_workers": 1,
+            "max_failures": 3,
+            "timeout": None,
+            "grace": 30.0,
         },
         "run": {
             "metric": "val_loss",

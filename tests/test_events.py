@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tune_easytrain.events import (
+    CheckpointLost,
     Created,
     Event,
     Failed,
     Finished,
+    Interrupted,
     Planned,
     Probed,
     Reported,
@@ -51,6 +56,9 @@ ALL: list[Event] = [
         message="CUDA out of memory",
     ),
     Reported(time=5.0, metrics={"val_loss": 0.25, "epoch": 1}, peak_memory_bytes=7),
+    CheckpointLost(time=5.5, reason="cannot write to /runs: No space left on device"),
+    Interrupted(time=5.6, reason="ChildDiedError: SIGKILL", details="line one\nline two"),
+    Interrupted(time=5.7, reason="the sweep was interrupted", is_failure=False),
     TrainingEnded(time=6.0, reason="all 3 epochs done"),
     Failed(time=7.0, error="KeyError: 'x'", details="line one\nline two"),
     Finished(time=8.0, reason="done"),
@@ -96,7 +104,71 @@ def test_lines_that_are_no_event_are_passed_over(tmp_path: Path, junk: str) -> N
     assert list(load_events(path)) == [ALL[0], ALL[-1]]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '{"event": "reported", "metrics": "0.5", "peak_memory_bytes": 1}',
+        '{"event": "reported", "metrics": {"epoch": [1]}, "peak_memory_bytes": 1}',
+        '{"event": "reported", "metrics": {}, "peak_memory_bytes": 9223372036854775808}',
+        '{"event": "finished", "reason": "done", "time": null}',
+        '{"event": "failed", "error": 7}',
+        '{"event": "interrupted", "reason": "x", "is_failure": 1}',
+        '{"event": "checkpoint_lost"}',
+        '{"event": "created", "config": {"x": ' + "[" * 300 + "]" * 300 + "}}",
+        '{"event": "created", "config": ' + '{"x": ' * 2000 + "1" + "}" * 2001,
+    ],
+)
+def test_lines_with_values_of_other_types_are_passed_over(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "trial.jsonl"
+    path.write_text(f"{wrong}\n{ALL[-1].to_json()}\n")
+    assert list(load_events(path)) == [ALL[-1]]
+
+
+def test_a_file_name_that_is_not_utf8_can_be_shown(tmp_path: Path) -> None:
+    path = tmp_path / "trial.jsonl"
+    append_events(path, [Failed(error="DataError: clip\udcff.avi")])
+    (event,) = load_events(path)
+    assert isinstance(event, Failed)
+    assert event.error == "DataError: clip?.avi"
+
+
 def test_fields_of_a_newer_version_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "trial.jsonl"
     path.write_text(json.dumps({**json.loads(ALL[-1].to_json()), "shade": "blue"}) + "\n")
     assert list(load_events(path)) == [ALL[-1]]
+
+
+def fill(disk: Path, num_bytes_free: int) -> Path:
+    """Fill a disk, and make so much room again, in whole pages."""
+    path = disk / "filler"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
+    os.truncate(path, path.stat().st_size - num_bytes_free)
+    return path
+
+
+@pytest.mark.parametrize("cut", [0, 5])
+def test_on_a_full_disk_a_file_stays_as_it_was(small_disk: Path, cut: int) -> None:
+    """Some of the events would have fitted; they are there all or none, behind a half-written line too."""
+    path = small_disk / "trial.jsonl"
+    append_events(path, ALL)
+    os.truncate(path, path.stat().st_size - cut)
+    before = path.read_bytes()
+    filler = fill(small_disk, num_bytes_free=4096)
+    many = ALL * 20
+    with pytest.raises(OSError, match="No space") as caught:
+        append_events(path, many)
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    filler.unlink()
+    append_events(path, many)
+    whole = ALL if cut == 0 else ALL[:-1]
+    assert list(load_events(path)) == whole + many
+
+
+def test_events_that_are_longer_than_a_pipe_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "trial.jsonl"
+    long = Failed(error="x", details="ä" * 10**6)
+    append_events(path, [long, ALL[-1]])
+    assert list(load_events(path)) == [long, ALL[-1]]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,49 @@ def test_an_answer_cut_short_is_no_run(tmp_path: Path, target: Path) -> None:
     lines = answer.splitlines()
     with pytest.raises(RunDirectoryError, match="did not arrive whole"):
         unpack_run("\n".join([*lines[:3], *lines[4:]]), None, target)
+
+
+def answer_with(*members: tuple[tarfile.TarInfo, bytes]) -> str:
+    """What a head answers that strangers have got into."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for member, data in members:
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return f"begin-of-run\n{base64.b64encode(content.getvalue()).decode()}\nend-of-run\n"
+
+
+SWEEP = (tarfile.TarInfo("run/sweep.json"), b"{}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run/../../outside", "../outside", "/outside", "run/trials/../../../outside", "run/trials/..", "..",
+        "run/trials/.", "run/task.pkl", "run/ray/tuner.pkl", "run/trials/a/b", "run/trials/x\x1b[2J.jsonl",
+        f"run/trials/{'x' * 300}.jsonl", "run/trials/a\nb", "sweep.json", "run//sweep.json", "-rf",
+    ],
+)  # fmt: skip
+def test_an_archive_cannot_write_anywhere_else(tmp_path: Path, target: Path, name: str) -> None:
+    with pytest.raises(RunDirectoryError, match="which is no part of a run directory") as raised:
+        unpack_run(answer_with(SWEEP, (tarfile.TarInfo(name), b"hostile")), None, target)
+    assert "\x1b" not in str(raised.value)
+    written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert written == ["target/run/sweep.json"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_an_archive_brings_no_links_and_devices(target: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("run/trials/trial_00000.jsonl")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(RunDirectoryError, match="which is no part of a run directory"):
+        unpack_run(answer_with(SWEEP, (member, b"")), None, target)
+    assert not (target / "run/trials").exists()
+
+
+def test_an_archive_without_a_run_is_none(target: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        unpack_run(answer_with(), None, target)
 
 
 def test_a_cluster_file_that_is_not_there_is_told(tmp_path: Path) -> None:

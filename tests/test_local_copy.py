@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import boto3
 import pytest
 from s3_server import ENVIRONMENT, S3Server
 
 from tune_easytrain import local_copy
 from tune_easytrain.errors import RunDirectoryError
-from tune_easytrain.local_copy import copy_path, fetch, load_driver, note_complete, take_over, trim_copies
+from tune_easytrain.local_copy import (
+    copy_path,
+    fetch,
+    fetch_file,
+    load_driver,
+    note_complete,
+    take_over,
+    trim_copies,
+)
+from tune_easytrain.ownership import require_own
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.storage import Storage
 
@@ -42,6 +53,38 @@ def test_only_what_the_results_need_is_fetched_and_only_when_it_changed(storage:
     after = files(folder)
     assert {name for name in after if after[name] != before.get(name)} == {"trials/b.jsonl", "trials/c.jsonl"}
     assert (folder / "trials/b.jsonl").read_bytes() == b"{}\n{}\n"
+
+
+def test_keys_that_lead_out_of_the_copy_are_passed_over(storage: Storage, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=f"http://{storage.url.parameter('endpoint_override')}")
+    names = ["..", ".", "../sweep.json", "../../outside", "/etc/outside", "a\x1b[2J", "c/d", "x" * 300]
+    for name in names:
+        client.put_object(Bucket="bucket", Key=f"{tmp_path.name}/trials/{name}", Body=b"hostile")
+    assert len(client.list_objects_v2(Bucket="bucket", Prefix=f"{tmp_path.name}/trials/")["Contents"]) == 10
+    folder = copy_path(storage)
+    fetch(storage, folder, "sweep.json", "trials")
+    assert set(files(tmp_path)) == {
+        f"{folder.relative_to(tmp_path)}/{name}"
+        for name in ("sweep.json", "trials/a.jsonl", "trials/b.jsonl")
+    }
+    assert (folder / "sweep.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 150])
+def test_a_name_longer_than_files_may_have(storage: Storage, name: str) -> None:
+    folder = copy_path(storage / name)
+    folder.mkdir(parents=True)
+    assert folder != copy_path(storage / f"{name}y")
+
+
+def test_nobody_else_can_write_to_a_copy(storage: Storage) -> None:
+    folder, before = copy_path(storage), os.umask(0)
+    try:
+        fetch(storage, folder, "sweep.json", "trials")
+        fetch_file(storage, folder, "task.pkl")
+    finally:
+        os.umask(before)
+    require_own([folder])
 
 
 def test_a_run_directory_that_was_deleted_is_none_any_more(storage: Storage) -> None:

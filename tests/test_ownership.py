@@ -36,16 +36,56 @@ def test_what_a_sweep_stores_nobody_else_can_change(run_dir: Path) -> None:
     assert not any(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for path in run_dir.glob("*"))
 
 
-@pytest.mark.parametrize("place", ["", "task.pkl", "ray", "ray/tuner.pkl"])
+PLACES = [
+    "", "task.pkl", "trials", "ray", "ray/tuner.pkl", "ray/trial_00000/checkpoint_000000",
+    "ray/trial_00000/checkpoint_000000/checkpoint.pt",
+]  # fmt: skip
+
+
+def make_rays_files(run_dir: Path) -> None:
+    with written_by_nobody_else():
+        (run_dir / "ray/trial_00000/checkpoint_000000").mkdir(parents=True)
+        (run_dir / "ray/tuner.pkl").touch()
+        (run_dir / "ray/trial_00000/checkpoint_000000/checkpoint.pt").touch()
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("mode", [stat.S_IWGRP, stat.S_IWOTH])
 def test_what_others_can_change_is_not_gone_on_with(run_dir: Path, place: str, mode: int) -> None:
-    with written_by_nobody_else():
-        (run_dir / "ray").mkdir()
-        (run_dir / "ray" / "tuner.pkl").write_bytes(b"")
+    make_rays_files(run_dir)
     changed = run_dir / place
     changed.chmod(changed.stat().st_mode | mode)
-    with pytest.raises(RunDirectoryError, match=rf"{changed} can be written by other users .*chmod go-w"):
+    with pytest.raises(RunDirectoryError, match=rf"{changed} can be written by other users .*chmod -R go-w"):
         te.resume(run_dir)
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_what_is_a_link_to_elsewhere_is_not_gone_on_with(run_dir: Path, tmp_path: Path, place: str) -> None:
+    make_rays_files(run_dir)
+    (run_dir / place).rename(tmp_path / "elsewhere")
+    (run_dir / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirectoryError, match=f"{run_dir / place} is a link"):
+        te.resume(run_dir)
+
+
+def test_nothing_is_written_before_the_look(run_dir: Path, tmp_path: Path) -> None:
+    """A lock that is a link would have a file of the user's own overwritten."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run_dir / "driver.lock").unlink(missing_ok=True)
+    (run_dir / "driver.lock").symlink_to(precious)
+    with pytest.raises(RunDirectoryError, match=r"driver\.lock is a link"):
+        te.resume(run_dir)
+    assert precious.read_text() == "mine"
+
+
+def test_a_run_that_everybody_can_exchange_is_not_gone_on_with(run_dir: Path) -> None:
+    make_rays_files(run_dir)
+    run_dir.parent.chmod(0o777)
+    with pytest.raises(RunDirectoryError, match=f"{run_dir.parent} can be written by all users"):
+        te.resume(run_dir)
+    run_dir.parent.chmod(0o1777)  # as /tmp is: nobody can rename what is another's
+    require_own([run_dir])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -2,9 +2,21 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from tune_easytrain.events import Event, Failed, Finished, Planned, Probed, Reported, Rescued, Started
+from tune_easytrain.events import (
+    CheckpointLost,
+    Event,
+    Failed,
+    Finished,
+    Interrupted,
+    Planned,
+    Probed,
+    Reported,
+    Rescued,
+    Started,
+)
 from tune_easytrain.progress import Progress
 from tune_easytrain.trial_record import TrialRecord
 
@@ -52,6 +64,15 @@ def show(*events: Event, terminal: bool, num_pending: int = 0) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_trials_say_is_shown_and_not_obeyed(terminal: bool) -> None:
+    hostile = "\x1b]0;owned\x07 [red]\r"
+    started = Started(config={"model": {"type": hostile}})
+    shown = show(started, Failed(error=f"ValueError: {hostile}"), terminal=terminal)
+    assert not {"\x1b]", "\x07"} & {shown[i : i + n] for n in (1, 2) for i in range(len(shown))}
+    assert shown.count(r"\x1b]0;owned\x07 [red]\r") >= 2
+
+
 def test_piped_output_is_one_plain_line_per_event() -> None:
     name = "trial_00000 ([small])"
     assert show(*EVENTS, Finished(reason="all 1 epochs done"), terminal=False).splitlines() == [
@@ -83,3 +104,17 @@ def test_a_long_table_shows_the_running_trials_and_counts_the_rest() -> None:
     table = shown[shown.rindex("1 training") :]
     assert "trial_00000" in table
     assert "11 more trials" in table
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_lost_process_and_a_lost_checkpoint_are_told_at_once(terminal: bool) -> None:
+    shown = show(CheckpointLost(reason="[disk full]"), Interrupted(reason="SIGKILL"), terminal=terminal)
+    assert "trial_00000: a checkpoint is lost, training goes on: [disk full]" in shown
+    assert "trial_00000: interrupted: SIGKILL" in shown
+
+
+def test_an_interruption_of_the_whole_sweep_is_in_the_table_and_told_for_no_trial() -> None:
+    shown = show(*EVENTS, Interrupted(reason="by hand", is_failure=False), terminal=True, num_pending=40)
+    assert "by hand" not in shown
+    table = shown[shown.rindex("1 interrupted") :]
+    assert "trial_00000" in table

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any
 
+import cloudpickle
+import listeners
 import pytest
 import torch
 from gloo_workers import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from listeners import Listener, listeners_of
 from torch import Tensor, nn
 
 from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
-from tune_easytrain.rank_group import RankGroup, buckets, exchange_as_one
+from tune_easytrain.protocol import WorkerPlace
+from tune_easytrain.rank_group import RankGroup, _open_store, buckets, exchange_as_one
 
 
 def make_net() -> nn.Sequential:
@@ -24,6 +30,31 @@ def make_samples(num_samples: int) -> Tensor:
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()
+
+
+def test_workers_of_one_machine_listen_on_loopback_alone() -> None:
+    def work(group: RankGroup) -> list[Listener]:
+        group.sum([1.0])  # the connections are made
+        listeners = listeners_of(os.getpid())
+        group.sum([1.0])
+        return listeners
+
+    cloudpickle.register_pickle_by_value(listeners)
+    try:
+        first, second = on_ranks(work)
+    finally:
+        cloudpickle.unregister_pickle_by_value(listeners)
+    assert len(first) > len(second) > 0  # the first has the store too
+    assert [each for each in (*first, *second) if not each.is_loopback] == []
+
+
+def test_the_store_listens_on_its_own_address_alone() -> None:
+    place = WorkerPlace(0, 1, "127.0.0.2")  # any address of this machine
+    before = {each.port for each in listeners_of(os.getpid())}
+    store = _open_store(place)
+    opened = [each for each in listeners_of(os.getpid()) if each.port not in before]
+    assert [(each.address, each.port) for each in opened] == [("127.0.0.2", store.port)]
+    assert _open_store(replace(place, port=store.port)).num_keys() == store.num_keys()
 
 
 def test_gradients_of_ragged_shares_are_those_of_the_whole_window() -> None:

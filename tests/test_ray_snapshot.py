@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import cloudpickle
 import pytest
 
-from tune_easytrain.ray_snapshot import StoredCheckpoints, is_whole
+from tune_easytrain.ray_snapshot import is_whole
 
 
 def write_snapshot(folder: Path, trials: list[str] | None, num_made: int | None, live: set[str]) -> None:
@@ -49,29 +47,3 @@ def test_the_newest_files_count_and_a_cut_off_one_is_not_whole(tmp_path: Path) -
     assert is_whole(str(tmp_path), None)
     (tmp_path / "experiment_state-2026-01-03_00-00-00.json").write_text('{"trial_data": [')
     assert not is_whole(str(tmp_path), None)
-
-
-def store_checkpoint(folder: Path, content: str, age_seconds: int) -> Path:
-    folder.mkdir(parents=True)
-    path = folder / "checkpoint.pt"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("data", content)
-    os.utime(path, ns=(10**18 - age_seconds * 10**9,) * 2)
-    return path
-
-
-def test_the_newest_whole_checkpoint_is_fetched_whatever_its_number(tmp_path: Path) -> None:
-    store_checkpoint(tmp_path / "ray/trial_00000/checkpoint_000007", "old", age_seconds=9)
-    newer = store_checkpoint(tmp_path / "ray/trial_00000/checkpoint_000000", "newer", age_seconds=5)
-    newest = store_checkpoint(tmp_path / "ray/trial_00000/checkpoint_000001", "newest", age_seconds=1)
-    trials = ["trial_00000", "trial_00001"]
-    stored = StoredCheckpoints.find(str(tmp_path / "ray"), None, trials, "checkpoint.pt")
-    fetched = tmp_path / "fetched.pt"
-    assert stored.fetch("trial_00000", fetched)
-    assert fetched.read_bytes() == newest.read_bytes()
-    newest.write_bytes(newest.read_bytes()[:-10])
-    assert stored.fetch("trial_00000", fetched)
-    assert fetched.read_bytes() == newer.read_bytes()
-    fetched.unlink()
-    assert not stored.fetch("trial_00001", fetched)
-    assert not fetched.exists()

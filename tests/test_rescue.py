@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
+import time
 import weakref
 from itertools import pairwise
 from typing import Any
@@ -11,14 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from toys import make_settings
 
 from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
 from tune_easytrain.batch import split_batch
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
+from tune_easytrain.errors import LoaderLostError, MicrobatchTooLargeError, OutOfMemoryInTrainingError
 from tune_easytrain.host_memory import CpuMemory
+from tune_easytrain.loader import EpochLoader
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.rescue import Rescue, StateSnapshot
+from tune_easytrain.task import Task
+from tune_easytrain.termination import EndRequested, Termination
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
 
@@ -236,3 +245,116 @@ def test_a_model_without_buffers_has_nothing_but_random_state_to_keep() -> None:
         expected = draw()
         snapshot.restore()
         assert draw() == expected
+
+
+def lose_loaders(others: set[Any]) -> None:
+    """Kill the loader processes of this one, as the kernel does for memory, but for `others`; torch tells."""
+    for process in set(multiprocessing.active_children()) - others:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+class Loaded:
+    """Windows of twelve samples of a real loader with two processes, in micro-batches of four.
+
+    While it computes its n-th micro-batches, counted from 1, its loader processes are killed.
+    """
+
+    def __init__(self, *lost_at: int) -> None:
+        torch.manual_seed(0)
+        self._lost_at = lost_at
+        self._others = set(multiprocessing.active_children())
+        self.num_microbatches = 0
+        self.model = nn.Sequential(
+            nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)
+        ).double()
+        plan, self.told = BatchPlan.build(12, 4), list[PlanChanged]()
+        self.rescue = make_rescue(self.model, plan, self.told)
+        task = Task(
+            model=lambda: self.model,
+            loss=self.loss,
+            optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+            train_data=lambda: TensorDataset(*make_window(36)),
+        )
+        data: Any = task.train_data()
+        loader = EpochLoader(task, data, torch.device("cpu"), seed=make_settings().seed, num_workers=2)
+        self._windows = loader.windows(12, 0)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.num_microbatches += 1
+        value = loss(model, batch)
+        if self.num_microbatches in self._lost_at:
+            lose_loaders(self._others)
+        return value
+
+    def window(self, index: int) -> tuple[AccumulationRecord, dict[str, Tensor]]:
+        """Return what a window was, with its gradients and the model's buffers."""
+        record = self.rescue.run(
+            lambda plan: accumulate_gradients(self.model, self.loss, self._windows.read(index, plan))
+        )
+        gradients = {name: each.grad.clone() for name, each in self.model.named_parameters()}
+        return record, gradients | buffers_of(self.model)
+
+
+def test_a_window_whose_loader_processes_are_killed_is_computed_again_and_gives_the_same() -> None:
+    undisturbed = Loaded()
+    expected = [undisturbed.window(index) for index in range(3)]
+    disturbed = Loaded(2, 5, 10)
+    found = [disturbed.window(index) for index in range(3)]
+    for (record, state), (expected_record, expected_state) in zip(found, expected, strict=True):
+        assert (record.loss, record.num_samples) == (expected_record.loss, expected_record.num_samples)
+        for name, value in expected_state.items():
+            assert state[name].equal(value), name
+    assert disturbed.num_microbatches == 9 + 2 + 3 + 2
+    assert (disturbed.rescue.num_lost_loaders, disturbed.rescue.num_rescues) == (3, 0)
+    assert disturbed.told == []
+    assert disturbed.rescue.plan.microbatch_size == 4
+
+
+def test_loader_processes_that_are_killed_again_and_again_end_the_trial() -> None:
+    loaded = Loaded(1, 2, 3, 4)
+    with pytest.raises(LoaderLostError, match="loader processes were killed: DataLoader worker"):
+        loaded.window(0)
+    assert loaded.num_microbatches == 4
+
+
+def test_where_others_wait_inside_a_window_lost_loaders_end_it_at_once() -> None:
+    loaded = Loaded(1)
+    loaded.rescue.is_alone = False
+    with pytest.raises(LoaderLostError):
+        loaded.window(0)
+
+
+def test_a_window_that_is_told_to_end_leaves_everything_as_it_was_before() -> None:
+    model = Counting()
+    rescue = make_rescue(model, BatchPlan.build(8, 4))
+    termination = rescue.termination = Termination(30.0)
+    before, state = buffers_of(model), torch.get_rng_state()
+
+    def window(plan: BatchPlan) -> None:
+        for batch in termination.watch([torch.randn(4, 3), torch.randn(4, 3)]):
+            model(batch).sum().backward()
+            termination.is_due = True
+
+    with pytest.raises(EndRequested):
+        rescue.run(window)
+    assert torch.get_rng_state().equal(state)
+    assert all(buffers_of(model)[name].equal(value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "error", [OOM, KeyError("label"), RuntimeError("DataLoader worker (pid 7) exited unexpectedly")]
+)
+def test_what_fails_when_the_machine_is_taken_back_is_no_failure(error: Exception) -> None:
+    """Loader processes get the signal too."""
+    told: list[PlanChanged] = []
+    rescue = make_rescue(nn.Linear(1, 1), BatchPlan.build(8, 4), told)
+    rescue.termination = Termination(30.0)
+    rescue.termination.is_due = True
+    with pytest.raises(EndRequested):
+        rescue.run(fail_times(1, error))
+    assert (told, rescue.num_rescues, rescue.num_lost_loaders) == ([], 0, 0)

@@ -14,6 +14,7 @@ from tune_easytrain.events import (
     Event,
     Failed,
     Finished,
+    Interrupted,
     Planned,
     Probed,
     Reported,
@@ -103,6 +104,7 @@ def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
         "memory_budget_bytes": 999,
         "peak_memory_bytes": 200,
         "num_rescues": 0,
+        "num_failures": 0,
         "samples_per_second": 20.0,
         "data_wait_share": 0.25,
         "gpu_utilization": 0.5,
@@ -146,6 +148,22 @@ def test_failed_and_pending_trials_are_rows_too(tmp_path: Path) -> None:
     assert frame["epochs"].dtype == "Int64"
     assert results.num_failed == 1
     assert results.best() is None
+
+
+def test_trials_that_were_interrupted_are_told_with_their_failures(tmp_path: Path) -> None:
+    again: list[Event] = [Started(config=trial_config()), Interrupted(reason="SIGKILL")]
+    by_user: list[Event] = [
+        Started(config=trial_config()),
+        Interrupted(reason="the sweep was interrupted", is_failure=False),
+    ]
+    given_up: list[Event] = [*again, *again, Failed(error="SIGKILL (failure 2; see trial.max_failures)")]
+    trials = [again, by_user, [*again, *finished(epoch(1, 0.5))], given_up, [Created(config=trial_config())]]
+    results = make_run(tmp_path, trials)
+    frame = results.frame()
+    assert frame["state"].tolist() == ["interrupted", "interrupted", "finished", "failed", "pending"]
+    assert frame["num_failures"].tolist() == [1, 0, 1, 2, 0]
+    assert frame["error"].tolist()[:3] == ["", "", ""]
+    assert (results.num_unfinished, results.num_failed) == (3, 1)
 
 
 def test_a_probe_that_was_off_is_no_missing_value(tmp_path: Path) -> None:
@@ -257,3 +275,35 @@ def test_the_summary_shows_errors_only_where_there_are_any(tmp_path: Path) -> No
     headings, rows = summary_rows(failed.frame(), "val_accuracy", ["model.type", "gone"])
     assert headings[-1] == "error"
     assert rows[0][-1] == "KeyError: 'x'"
+
+
+def test_a_config_key_named_like_a_metrics_column_stays_apart(tmp_path: Path) -> None:
+    own = trial_config(val_accuracy_best="mine")
+    frame = make_run(tmp_path, [finished(epoch(1, 0.9), config=own), [Created(config=own)]]).frame()
+    assert frame["config.val_accuracy_best"].tolist() == ["mine", "mine"]
+    assert frame["val_accuracy_best"].tolist()[0] == 0.9
+
+
+def test_values_that_are_lists_stand_in_the_table(tmp_path: Path) -> None:
+    results = make_run(
+        tmp_path, [[Created(config={"shape": [1, 2]})]], grid_search={"grid": {"shape": [[1, 2], [3]]}}
+    )
+    _, rows = summary_rows(results.frame(), results.metric, results.varied_keys())
+    assert rows[0][1] == "[1, 2]"
+
+
+def test_a_count_with_a_fraction_is_missing(tmp_path: Path) -> None:
+    report = Reported(metrics={"epoch": 0.5, "val_accuracy": 0.25}, peak_memory_bytes=1)
+    frame = make_run(tmp_path, [finished(report)]).frame()
+    assert frame["epochs"].isna().all()
+    assert frame["val_accuracy_best"].tolist() == [0.25]
+
+
+@pytest.mark.parametrize(
+    "sweep", ["[]", "{}", '{"run": 1}', "[" * 2000, '{"run": {"metric": null, "mode": "min"}}']
+)
+def test_a_damaged_sweep_is_one_error(tmp_path: Path, sweep: str) -> None:
+    results = make_run(tmp_path, [])
+    (results.run_dir / "sweep.json").write_text(sweep)
+    with pytest.raises(RunDirectoryError, match=r"sweep\.json is damaged"):
+        load_results(results.run_dir)

@@ -377,3 +377,14 @@ def test_a_bad_number_of_experiments_is_refused(number: Any) -> None:
     for count in (grid_points, num_experiments, num_trials):
         with pytest.raises(BadInputError, match=f"max_experiments is {number}"):
             count(nine(), number)
+
+
+def test_a_grid_that_memory_could_not_list_is_refused_unless_it_is_cut() -> None:
+    grid = {f"k{number}": list(range(10)) for number in range(12)}
+    config = sweep(grid)
+    assert len(grid_points(config, 5)) == 5
+    assert num_grid_points(config) == 10**12
+    with pytest.raises(BadInputError, match=r"1,000,000,000,000 points.*--max-experiments"):
+        grid_points(config)
+    with pytest.raises(BadInputError, match="shorten its lists"):
+        build_trial_space(sweep(grid, run={"search": "optuna", "num_samples": 2}))

@@ -124,3 +124,9 @@ def test_a_folder_needs_no_pyarrow(tmp_path: Path) -> None:
         "assert 'pyarrow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("place", ["a\0b", "~nobody-of-that-name/runs"])
+def test_what_is_no_path_is_told(place: str) -> None:
+    with pytest.raises(StorageError, match=r"is no path: .*; give another folder"):
+        Storage.at(place)

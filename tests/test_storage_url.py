@@ -25,6 +25,8 @@ WITH_SECRETS = [
 UNUSABLE = [
     ("ftp://host/folder", "ftp:// is no storage", "s3://"),
     ("s3:///folder", "names no bucket", "s3://bucket/folder"),
+    ("s3://bucket/%1b[2J", "control characters", "remove"),
+    ("s3://bucket/a%00", "control characters", "remove"),
     ("s3://bucket/a/../../b", "parts `.` or `..`", "whole path"),
     (
         "s3://bucket/folder?endpont_override=h:1",

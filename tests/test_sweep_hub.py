@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tune_easytrain.events import TrainingEnded
 from tune_easytrain.sweep_hub import SweepHub
 
@@ -16,5 +18,22 @@ def test_events_are_fetched_once_and_in_the_order_they_were_told_in() -> None:
         await hub.tell(events[1:])
         assert await hub.fetch() == events
         assert await hub.fetch() == []
+
+    asyncio.run(sweep())
+
+
+@pytest.mark.parametrize(("say", "hear"), [("interrupt", "interruption"), ("conclude", "end")])
+def test_everyone_who_waits_is_told_and_those_who_ask_later_too(say: str, hear: str) -> None:
+    async def sweep() -> None:
+        hub = SweepHub()
+        waiting = [asyncio.create_task(getattr(hub, hear)()) for _ in range(3)]
+        other = asyncio.create_task(hub.end() if hear == "interruption" else hub.interruption())
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        await getattr(hub, say)()
+        await asyncio.gather(*waiting)
+        await getattr(hub, hear)()
+        assert not other.done()
+        other.cancel()
 
     asyncio.run(sweep())

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import gc
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import sequences
 import torch
 import torchmetrics
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -21,11 +22,13 @@ from toys import make_settings
 
 from tune_easytrain import BatchPlan, NonFiniteLossError, Task, TaskError, TrialContext, window_steps
 from tune_easytrain.accumulate import accumulate_gradients
+from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.errors import InexactBatchError, OutOfMemoryInTrainingError
 from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.loader import EpochLoader, epoch_order
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.random_state import seed_everything
+from tune_easytrain.termination import EndRequested, Termination
 from tune_easytrain.train_loop import train
 
 CPU = torch.device("cpu")
@@ -38,6 +41,7 @@ class Driven:
     reports: list[Report] = field(default_factory=list)
     changes: list[PlanChanged] = field(default_factory=list)
     checkpoints: list[Path] = field(default_factory=list)
+    was_ended: bool = False
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -55,10 +59,14 @@ def drive(
     limit: int = 100,
     checkpoint: Path | None = None,
     is_near_edge: bool = False,
+    termination: Termination | None = None,
     **settings: Any,
 ) -> Driven:
-    """Train on the CPU with micro-batches of at most `limit` samples."""
-    folder.mkdir(exist_ok=True)
+    """Train on the CPU with micro-batches of at most `limit` samples.
+
+    What is told to end stores its checkpoint in the folder `store`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     driven = Driven()
 
     def take(report: Report | PlanChanged) -> None:
@@ -82,8 +90,13 @@ def drive(
         checkpoint_path=checkpoint,
         send=take,
         is_near_edge=is_near_edge,
+        termination=termination,
+        store=CheckpointStore(str(folder / "store")),
     )
-    train({}, context)
+    try:
+        train({}, context)
+    except EndRequested:
+        driven.was_ended = True
     return driven
 
 
@@ -1017,3 +1030,201 @@ def test_a_single_worker_has_nothing_to_share(tmp_path: Path, sharding: str) -> 
     plain = drive(make_task(), tmp_path / "plain", **options)
     driven = drive(make_task(), tmp_path / "sharded", sharding=sharding, **options)
     assert all(torch.equal(driven.weights[name], weight) for name, weight in plain.weights.items())
+
+
+class Augmented(Dataset[Any]):
+    """Samples in float64, augmented from all three generators."""
+
+    def __init__(self) -> None:
+        self._data = make_data(37)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        features, label = self._data[index]
+        return features + torch.rand(6) + random.random() + float(np.random.random()), label
+
+
+class Alarm:
+    """Tells a training to end while it computes its n-th loss, counted from 1, evaluation included."""
+
+    def __init__(self, due_at: int | None = None) -> None:
+        self.num_losses = 0
+        self.termination = Termination(30.0)
+        self._due_at = due_at
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.num_losses += 1
+        self.termination.is_due |= self.num_losses == self._due_at
+        return cross_entropy(model, batch)
+
+    def task(self, **changes: Any) -> Task:
+        """A task with everything that has a state: BatchNorm, dropout, a schedule, augmentation, metrics."""
+        return make_metric_task(
+            **{
+                "model": lambda: nn.Sequential(
+                    nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)
+                ).double(),
+                "loss": self.loss,
+                "optimizer": lambda model: torch.optim.Adam(model.parameters(), lr=0.05),
+                "scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+                "train_data": Augmented,
+                **changes,
+            }
+        )
+
+
+ENDED: dict[str, Any] = {"effective_batch_size": 10, "limit": 4, "metric": "val_loss"}
+"""An epoch is three windows of three losses, one of two, and three of evaluation: 14 losses."""
+
+ENDED_BUDGETS: dict[str, dict[str, Any]] = {
+    "epochs": {"epochs": 2, "clip_norm": 0.5, "warmup_steps": 3},
+    "steps inside an epoch": {"epochs": None, "num_steps": 6, "noise_scale": True},
+    "samples inside an epoch": {"epochs": None, "num_samples": 53, "clip_norm": 0.1},
+    "patience": {"epochs": 9, "patience": 1},
+}
+
+
+def train_in_parts(folder: Path, due_at: list[int], **options: Any) -> tuple[list[Driven], int]:
+    """Train, tell it to end at those losses of its, and go on from what it stored, until it is done.
+
+    Return the parts, and how many losses the last one computed.
+    """
+    parts: list[Driven] = []
+    checkpoint: Path | None = None
+    for number, loss in enumerate([*due_at, None]):
+        torch.rand(number)  # a new process has another random state
+        alarm = Alarm(loss)
+        part = drive(
+            alarm.task(**options.get("changes", {})),
+            folder / f"part_{number}",
+            checkpoint=checkpoint,
+            termination=alarm.termination,
+            **{name: value for name, value in options.items() if name != "changes"},
+        )
+        parts.append(part)
+        if not part.was_ended:
+            break
+        checkpoint = folder / f"newest_{number}.pt"
+        assert CheckpointStore(str(folder / f"part_{number}/store")).fetch_newest(checkpoint)
+    return parts, alarm.num_losses
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """Garbage collections that do not look through what was imported, as in a trial's process."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+UNTIMED = (
+    "epoch", "train_loss", "val_loss", "val_accuracy", "optimizer_steps", "num_samples", "learning_rate",
+    "gradient_noise_scale",
+)  # fmt: skip
+
+
+def assert_undisturbed(parts: list[Driven], whole: Driven) -> None:
+    """What the parts reported, and the last one's weights, are to the last bit those of `whole`."""
+    reports = {report.metrics["epoch"]: report for part in parts for report in part.reports}
+    assert list(reports) == [report.metrics["epoch"] for report in whole.reports]
+    for report, expected in zip(reports.values(), whole.reports, strict=True):
+        assert (report.is_final, report.reason) == (expected.is_final, expected.reason)
+        for name in set(UNTIMED) & (expected.metrics.keys() | report.metrics.keys()):
+            assert report.metrics[name] == expected.metrics[name], name
+    last = next(part for part in reversed(parts) if part.checkpoints)
+    states = [torch.load(driven.checkpoints[-1], weights_only=True) for driven in (last, whole)]
+    for state in states:
+        del state["metrics"], state["random_state"]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize("budget", ENDED_BUDGETS.values(), ids=ENDED_BUDGETS)
+def test_a_training_told_to_end_at_any_moment_goes_on_as_if_undisturbed(
+    tmp_path: Path, budget: dict[str, Any]
+) -> None:
+    (whole,), num_losses = train_in_parts(tmp_path / "whole", [], **ENDED, **budget)
+    for due_at in range(1, num_losses + 1):
+        parts, _ = train_in_parts(tmp_path / str(due_at), [due_at], **ENDED, **budget)
+        assert [part.was_ended for part in parts] == [True, False], due_at
+        assert_undisturbed(parts, whole)
+
+
+@pytest.mark.usefixtures("frozen")
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(due_at=st.lists(st.integers(3, 8), min_size=12, max_size=12))
+def test_a_training_told_to_end_again_and_again_goes_on_as_if_undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, due_at: list[int]
+) -> None:
+    """Every part is long enough for one window."""
+    folder, budget = tmp_path_factory.mktemp("ended"), ENDED_BUDGETS["epochs"]
+    (whole,), _ = train_in_parts(folder / "whole", [], **ENDED, **budget)
+    parts, _ = train_in_parts(folder / "parts", due_at, **ENDED, **budget)
+    assert len(parts) > 3
+    assert_undisturbed(parts, whole)
+
+
+def test_a_training_told_to_end_takes_no_further_step_and_reports_nothing(tmp_path: Path) -> None:
+    """In the second window's second micro-batch of three; what it had of that window is given up."""
+    (part, *_), _ = train_in_parts(tmp_path, [5], **ENDED, epochs=2)
+    assert part.was_ended
+    assert part.reports == []
+    state = torch.load(tmp_path / "newest_0.pt", weights_only=True)
+    assert (state["num_steps"], state["part"]["num_windows"], state["part"]["num_samples"]) == (1, 1, 10)
+    assert state["progress"]["epoch"] == 0
+
+
+def test_one_that_has_just_ended_an_epoch_reports_it_first(tmp_path: Path) -> None:
+    """At the last loss of its evaluation."""
+    (part, *_), _ = train_in_parts(tmp_path, [14], **ENDED, epochs=2)
+    assert part.was_ended
+    assert [report.metrics["epoch"] for report in part.reports] == [1]
+    assert torch.load(tmp_path / "newest_0.pt", weights_only=True)["part"] is None
+
+
+@pytest.mark.parametrize("due_at", [2, 9])
+def test_sequences_grouped_by_length_go_on_where_they_were(tmp_path: Path, due_at: int) -> None:
+    def one(folder: Path, due_at: int | None, checkpoint: Path | None = None) -> Driven:
+        alarm = Alarm(due_at)
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            alarm.num_losses += 1
+            alarm.termination.is_due |= alarm.num_losses == due_at
+            return sequences.token_loss(model, batch)
+
+        return drive_sequences(
+            folder, changes={"loss": loss}, checkpoint=checkpoint, termination=alarm.termination
+        )
+
+    whole, ended = one(tmp_path / "whole", None), one(tmp_path / "ended", due_at)
+    assert ended.was_ended
+    resumed = one(tmp_path / "resumed", None, tmp_path / "ended/store/checkpoint_at_sigterm/checkpoint.pt")
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+    for name in ("train_loss", "val_loss", "padding_share", "num_samples"):
+        assert resumed.reports[0].metrics[name] == whole.reports[0].metrics[name], name
+
+
+def test_rescues_of_an_epoch_that_was_cut_short_are_counted(tmp_path: Path) -> None:
+    alarm, faults = Alarm(7), Faults(("forward", 2))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        faults.reach("forward")
+        return alarm.loss(model, batch)
+
+    drive(alarm.task(loss=loss), tmp_path / "ended", termination=alarm.termination, **ENDED)
+    assert faults.left == []
+    checkpoint = tmp_path / "ended/store/checkpoint_at_sigterm/checkpoint.pt"
+    resumed = drive(Alarm().task(), tmp_path / "resumed", checkpoint=checkpoint, **ENDED)
+    assert [report.metrics["num_rescues"] for report in resumed.reports] == [1, 1]
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_alone(tmp_path: Path) -> None:
+    """A folder stands where its file is to be."""
+    (tmp_path / "checkpoint.pt").mkdir()
+    driven = drive(make_task(), tmp_path, epochs=2)
+    assert [report.checkpoint_path for report in driven.reports] == [None, None]
+    assert all("cannot write" in report.checkpoint_error for report in driven.reports)
+    assert driven.last["epoch"] == 2

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +23,28 @@ from toys import (
 )
 
 from tune_easytrain import NotEnoughMemoryError, Task
+from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.child_process import modules_to_preload
-from tune_easytrain.errors import ChildDiedError, InexactBatchError, MetricError
-from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started, TrainingEnded
+from tune_easytrain.errors import (
+    ChildDiedError,
+    InexactBatchError,
+    LoaderLostError,
+    MetricError,
+    TerminatedError,
+    TrialHungError,
+)
+from tune_easytrain.events import (
+    CheckpointLost,
+    Event,
+    Failed,
+    Interrupted,
+    Planned,
+    Probed,
+    Reported,
+    Rescued,
+    Started,
+    TrainingEnded,
+)
 from tune_easytrain.probe import Outcome
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.task_source import pickle_function
@@ -52,6 +73,9 @@ def start(
     config: dict[str, Any] | None = None,
     function: Any = None,
     checkpoint_path: Path | None = None,
+    timeout_seconds: float | None = None,
+    grace_seconds: float = 30.0,
+    store: CheckpointStore | None = None,
     **settings: Any,
 ) -> Trial:
     events: list[Event] = []
@@ -65,6 +89,9 @@ def start(
         num_threads=1,
         checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
         preloaded_modules=modules_to_preload(),
+        timeout_seconds=timeout_seconds,
+        grace_seconds=grace_seconds,
+        store=store,
     )
     return Trial(run_trial(spec, events.append), events)
 
@@ -186,7 +213,7 @@ def test_a_child_that_dies_in_training_fails_the_trial() -> None:
     trial = start(config=make_config(toy={"fault": "kill"}), probe="off")
     with pytest.raises(ChildDiedError, match="SIGKILL"):
         next(trial.reports)
-    assert trial.kinds() == [Started, Planned, Failed]
+    assert trial.kinds() == [Started, Planned, Interrupted]
 
 
 @pytest.mark.parametrize(("fault", "signal_name"), [("segfault", "SIGSEGV"), ("kill", "SIGKILL")])
@@ -202,7 +229,7 @@ def test_a_segfault_in_training_fails_the_trial_with_its_name() -> None:
     trial = start(config=make_config(toy={"fault": "segfault"}), probe="off")
     with pytest.raises(ChildDiedError, match="SIGSEGV"):
         next(trial.reports)
-    assert trial.kinds() == [Started, Planned, Failed]
+    assert trial.kinds() == [Started, Planned, Interrupted]
 
 
 def test_memory_that_really_runs_out_in_training_is_rescued() -> None:
@@ -389,3 +416,149 @@ def test_a_compiled_trial_trains_compiled() -> None:
         assert [r.metrics["train_loss"] for r in trial.reports] == pytest.approx([1.0 + is_compiled] * 2)
         (attempt,) = trial.event(Probed).attempts
         assert (attempt["microbatch_size"], attempt["outcome"]) == (4, Outcome.FITS)
+
+
+def test_a_training_that_hangs_is_ended_and_where_it_was_is_told() -> None:
+    trial = start(config=make_config(toy={"fault": "hang"}), probe="off", timeout_seconds=2.0)
+    with pytest.raises(
+        TrialHungError, match=r"training went 2 s without a report \(trial\.timeout\)"
+    ) as caught:
+        next(trial.reports)
+    (note,) = caught.value.__notes__
+    assert "_misbehave" in note
+    assert "toys.py" in note
+    assert trial.kinds() == [Started, Planned, Interrupted]
+    interrupted = trial.event(Interrupted)
+    assert interrupted.reason.startswith("TrialHungError: training went 2 s without a report")
+    assert "_misbehave" in interrupted.details
+    assert interrupted.is_failure
+
+
+def report_a_few_times(config: dict[str, Any], trial: Any) -> None:
+    for _ in range(4):
+        time.sleep(0.7)
+        trial.report({"train_loss": 0.0})
+
+
+def test_a_training_that_is_slow_but_reports_does_not_hang() -> None:
+    trial = start(function=report_a_few_times, probe="off", timeout_seconds=2.0)
+    assert len(list(trial.reports)) == 4
+
+
+def build_told_to_end(config: dict[str, Any]) -> Task:
+    """The small classifier, whose process is told to end in its n-th loss, unless the marker is there."""
+    task, marker, calls = build_task(config), Path(config["marker"]), iter(range(1, 1000))
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if next(calls) == config["told_at"] and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return task.loss(model, batch)
+
+    return replace(task, loss=loss)
+
+
+@pytest.mark.parametrize("told_at", [2, 5, 7])
+def test_a_trial_whose_process_is_told_to_end_goes_on_as_if_undisturbed(tmp_path: Path, told_at: int) -> None:
+    """Five losses an epoch and two of evaluation: in training, and in and after evaluation."""
+    options: dict[str, Any] = {"probe": "off", "epochs": 2}
+    config = make_config(marker=str(tmp_path / "marker"), told_at=told_at)
+    store = CheckpointStore(str(tmp_path / "store"))
+    ended = start(build_told_to_end, config=config, store=store, **options)
+    reports = []
+    with pytest.raises(TerminatedError, match="told to end by SIGTERM; it has ended in good order"):  # noqa: PT012
+        for report in ended.reports:
+            reports.append(report.metrics)  # noqa: PERF401
+    assert ended.kinds()[-1] is Interrupted
+    assert Failed not in ended.kinds()
+    newest = tmp_path / "newest.pt"
+    assert store.fetch_newest(newest)
+    resumed = start(build_told_to_end, config=config, checkpoint_path=newest, **options)
+    reports += [report.metrics for report in resumed.reports]
+    undisturbed = [report.metrics for report in start(config=config, **options).reports]
+    for mine, theirs in zip(reports, undisturbed, strict=True):
+        for name in ("epoch", "train_loss", "val_loss", "val_accuracy", "num_samples", "optimizer_steps"):
+            assert mine[name] == theirs[name], name
+
+
+def test_where_the_checkpoint_cannot_be_stored_that_is_told(tmp_path: Path) -> None:
+    config = make_config(marker=str(tmp_path / "marker"), told_at=2)
+    (tmp_path / "file").touch()
+    store = CheckpointStore(str(tmp_path / "file/trial_00000"))
+    with pytest.raises(TerminatedError, match=r"its checkpoint is lost: cannot write to .*Not a directory"):
+        next(start(build_told_to_end, config=config, probe="off", store=store).reports)
+
+
+def train_until_told(config: dict[str, Any], trial: Any) -> None:
+    num_done = (trial.load_checkpoint() or {"num_done": 0})["num_done"]
+    trial.report({"train_loss": 0.0, "pid": os.getpid(), "num_done": num_done})
+    while not trial.is_ending:
+        time.sleep(0.01)
+    if config["reports"]:
+        trial.report({"train_loss": 1.0}, checkpoint={"num_done": num_done + 1})
+    else:
+        trial.end({"num_done": num_done + 1})
+    os._exit(3)  # neither of them returns
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_an_own_function_stores_what_it_has_when_it_is_told_to_end(tmp_path: Path, reports: bool) -> None:
+    store = CheckpointStore(str(tmp_path / "store"))
+    checkpoint: Path | None = None
+    for number in range(2):
+        trial = start(
+            function=train_until_told,
+            config=make_config(reports=reports),
+            checkpoint_path=checkpoint,
+            store=store,
+            probe="off",
+        )
+        first = next(trial.reports).metrics
+        assert first["num_done"] == number
+        os.kill(int(first["pid"]), signal.SIGTERM)
+        with pytest.raises(TerminatedError, match="in good order"):
+            list(trial.reports)
+        checkpoint = tmp_path / "newest.pt"
+        assert store.fetch_newest(checkpoint)
+        assert trial.kinds() == [Started, Planned, *[Reported] * (1 + reports), Interrupted]
+
+
+def go_on_whatever_it_is_told(config: dict[str, Any], trial: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3600)
+
+
+def test_one_that_takes_longer_than_its_grace_is_ended() -> None:
+    trial = start(function=go_on_whatever_it_is_told, probe="off", grace_seconds=0.1)
+    with pytest.raises(
+        ChildDiedError, match=r"SIGALRM: it was told to end by SIGTERM .* trial\.grace seconds"
+    ):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Planned, Interrupted]
+
+
+def report_without_room(config: dict[str, Any], trial: Any) -> None:
+    (trial.scratch_dir / "checkpoint.pt").mkdir()
+    trial.report({"train_loss": 0.0}, checkpoint={})
+    (trial.scratch_dir / "checkpoint.pt").rmdir()
+    trial.report({"train_loss": 1.0}, checkpoint={})
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on() -> None:
+    trial = start(function=report_without_room, probe="off")
+    first, second = (report.checkpoint_path for report in trial.reports)
+    assert first is None
+    assert second is not None
+    assert trial.kinds() == [Started, Planned, Reported, CheckpointLost, Reported, TrainingEnded]
+    assert "cannot write" in trial.event(CheckpointLost).reason
+
+
+def lose_loaders_for_ever(config: dict[str, Any], trial: Any) -> None:
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+def test_loader_processes_lost_in_an_own_function_are_no_bug_of_it() -> None:
+    trial = start(function=lose_loaders_for_ever, probe="off")
+    with pytest.raises(LoaderLostError, match="loader processes were killed"):
+        next(trial.reports)
+    assert trial.kinds() == [Started, Planned, Interrupted]

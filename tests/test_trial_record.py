@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from tune_easytrain.events import (
+    CheckpointLost,
     Created,
     Event,
     Failed,
     Finished,
+    Interrupted,
     Planned,
     Probed,
     Reported,
@@ -56,6 +58,9 @@ def record(*events: Event) -> TrialRecord:
             False,
         ),  # its checkpoint is not stored yet
         ([*START, Finished(reason="done")], TrialState.FINISHED, True),
+        ([*START, Interrupted(reason="SIGKILL")], TrialState.INTERRUPTED, False),
+        ([*START, Interrupted(reason="SIGKILL"), *START[1:2]], TrialState.PROBING, False),
+        ([*START, CheckpointLost(reason="full")], TrialState.TRAINING, False),
         ([*START, Stopped(reason="asha")], TrialState.STOPPED, True),
         ([*START, Failed(error="KeyError: 1")], TrialState.FAILED, True),
     ],
@@ -102,6 +107,11 @@ def test_epochs_reported_again_after_a_set_back_count_once() -> None:
     assert [(r["epoch"], r["loss"]) for r in trial.reports] == [(1, 3.0), (2, 2.0)]
 
 
+def test_an_epoch_that_is_no_number_is_counted() -> None:
+    trial = record(*START, epoch(1, 3.0), epoch(math.nan, 2.0), epoch(math.inf, 1.0))
+    assert [(r["epoch"], r["loss"]) for r in trial.reports] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
 def test_a_resume_forgets_the_error_it_resumes_from() -> None:
     trial = record(*START, Failed(error="died", details="trace"), Started(config=CONFIG, resumed=True))
     assert (trial.state, trial.error, trial.error_details) == (TrialState.PROBING, "", "")
@@ -122,3 +132,34 @@ def test_before_any_report_there_is_neither_last_nor_best() -> None:
 def test_reports_without_an_epoch_are_counted() -> None:
     reported = Reported(metrics={"loss": 1.0}, peak_memory_bytes=0)
     assert [r["epoch"] for r in record(reported, reported).reports] == [1, 2]
+
+
+def test_faults_that_are_not_its_own_are_counted_and_an_interruption_by_hand_is_not() -> None:
+    lost = Interrupted(reason="SIGKILL")
+    by_hand = Interrupted(reason="the sweep was interrupted", is_failure=False)
+    trial = record(*START, epoch(1, 3.0), lost, *START[1:], lost, *START[1:], by_hand)
+    assert (trial.state, trial.num_failures, trial.reason) == (
+        TrialState.INTERRUPTED,
+        2,
+        "the sweep was interrupted",
+    )
+    assert not trial.state.is_running
+    assert trial.last == {"epoch": 1, "loss": 3.0}
+    trial.add(START[1])
+    assert (trial.num_failures, trial.reason) == (2, "")
+
+
+def test_a_trial_has_begun_once_it_had_resources() -> None:
+    assert not record().has_begun
+    assert not record(START[0]).has_begun
+    assert record(*START[:2]).has_begun
+    assert record(*START[:2], Interrupted(reason="x")).has_begun
+
+
+def test_only_what_is_running_has_its_resources() -> None:
+    assert {state for state in TrialState if state.is_running} == {TrialState.PROBING, TrialState.TRAINING}
+    assert {state for state in TrialState if state.is_final} == {
+        TrialState.FINISHED,
+        TrialState.STOPPED,
+        TrialState.FAILED,
+    }

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from tune_easytrain.errors import DataError, UnknownNameError
-from tune_easytrain.video import CorruptVideoError, VideoFile, decode_clip, sample_indices
+from tune_easytrain.video import (
+    CorruptVideoError,
+    VideoFile,
+    _faults_name_the_file,
+    decode_clip,
+    sample_indices,
+)
 
 av = pytest.importorskip("av")
 
@@ -64,6 +70,14 @@ def video(request, tmp_path_factory):
 @pytest.fixture
 def xvid(tmp_path):
     return write_video(tmp_path / "clip.avi", "mpeg4")
+
+
+@pytest.mark.parametrize("name", ["http:", "concat:x", "-rf", "pipe:"])
+def test_the_name_of_a_file_is_never_a_protocol_of_ffmpeg(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / name / "clip.avi", "mpeg4")
+    assert len(decode_clip(f"{name}/clip.avi", num_frames=4)) == 4
 
 
 def test_the_files_under_test_have_keyframes_and_b_frames(tmp_path):
@@ -178,6 +192,23 @@ def test_a_cut_anywhere_gives_right_frames_or_the_error(tmp_path, xvid):
         except CorruptVideoError:
             outcomes.add("error")
     assert outcomes == {"read", "error"}
+
+
+def test_pictures_larger_than_memory_may_be_are_refused(monkeypatch, xvid):
+    monkeypatch.setattr("tune_easytrain.video.MAX_PIXELS", 64 * 48)
+    assert decode_clip(xvid, 2).shape == (2, 3, 48, 64)
+    monkeypatch.setattr("tune_easytrain.video.MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(CorruptVideoError, match=r"clip\.avi: has pictures of 64 x 48 pixels"):
+        decode_clip(xvid, 2)
+
+
+def test_damage_that_ffmpeg_calls_a_permission_is_the_files_fault(xvid):
+    """FFmpeg returns -1, which is EPERM, for some of it; a file that may not be read is something else."""
+    not_permitted = av.error.PermissionError(1, "Operation not permitted", "avcodec_send_packet()")
+    with pytest.raises(CorruptVideoError, match="not permitted"), _faults_name_the_file(str(xvid)):
+        raise not_permitted
+    with pytest.raises(OSError, match="Is a directory"), _faults_name_the_file(str(xvid.parent)):
+        raise not_permitted
 
 
 def test_metadata_that_is_not_utf8_does_not_matter(xvid):

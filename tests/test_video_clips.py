@@ -201,6 +201,8 @@ def test_missing_videos(tmp_path):
             r"txt:2: class 'Bikng' .* did you mean 'Biking'",
         ),
         ("trainlist01.txt", "Archery/a.avi 2\n", r"txt:1: class 'Archery' is number 1 .* not 2"),
+        ("trainlist01.txt", "Archery/../../a.avi\n", r"txt:1: 'Archery/\.\./\.\./a\.avi' is not <Class>"),
+        ("trainlist01.txt", "/etc/a.avi\n", r"txt:1: '/etc/a.avi' is not <Class>/<video>"),
         ("trainlist01.txt", "a.avi 2\n", r"txt:1: 'a.avi 2' is not <Class>/<video>\.avi"),
     ],
 )

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_easytrain.errors import ConfigError, Fault
-from tune_easytrain.yaml_source import MAX_VALUES, YamlSource, load_yaml, read_text, show_path
+from tune_easytrain.yaml_source import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_VALUES,
+    YamlSource,
+    load_yaml,
+    read_text,
+    show_path,
+)
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -76,7 +84,7 @@ def test_nan_is_a_number() -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
         max_leaves=12,
     )
@@ -200,6 +208,35 @@ def test_from_data_copies_and_refuses_what_yaml_has_not() -> None:
     loop["self"] = loop
     with pytest.raises(ConfigError, match="holds itself"):
         YamlSource.from_data(loop)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (r'a: "\uD800"', "half a character"),
+        (r'a: {"\uDCFF": 1}', "half a character"),
+        (r'a: "\UFFFFFFFF"', "not valid YAML"),
+        ("%YAML " + "1" * 5000 + ".1\n---\na: 1", "not valid YAML"),
+        ("a: 18446744073709551616", "20 digits is too long"),
+        ("a: 0x" + "f" * 4000, "4002 digits is too long"),
+        ("a: " + "[" * MAX_DEPTH + "]" * MAX_DEPTH, f"more than {MAX_DEPTH} levels"),
+        ("a: " + "x " * (MAX_BYTES // 2), "larger than 1.0 MiB"),
+    ],
+)
+def test_what_nothing_could_hold_is_a_fault(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in only_fault(tmp_path, text).problem
+
+
+def test_what_is_just_within_the_limits_is_read(tmp_path: Path) -> None:
+    depth = MAX_DEPTH - 1
+    text = f"a: {'[' * depth}{']' * depth}\nb: [-9223372036854775808, 18446744073709551615]"
+    assert load_yaml(write(tmp_path, text)).data["b"] == [-(2**63), 2**64 - 1]
+
+
+@pytest.mark.parametrize("value", [2**64, "\udcff", {"\udcff": 1}])
+def test_a_dict_is_held_to_the_same(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"too long|character"):
+        YamlSource.from_data({"a": value})
 
 
 def test_replace_keeps_the_other_lines() -> None:

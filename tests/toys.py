@@ -42,7 +42,7 @@ class Accuracy(nn.Module):
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         hits = prediction.argmax(1) == target
-        self.counts += torch.stack([hits.sum(), torch.tensor(len(hits))])
+        self.counts += torch.stack([hits.sum(), torch.tensor(len(hits), device=hits.device)])
 
     def compute(self) -> torch.Tensor:
         if self.sync_on_compute and torch.distributed.is_initialized():
@@ -113,7 +113,7 @@ def build_exact_task(config: dict[str, Any]) -> Task:
     """A net in float64 without anything random; `toy` says what happens to the process that reads a sample.
 
     `toy.sample` is that sample's number; in training, once per file `toy.marker`, the process is killed, or
-    its memory runs out, when it is read for the `toy.visit`th time (default: the first).
+    told to end, or its memory runs out, when it is read for the `toy.visit`th time (default: the first).
     """
     toy = config.get("toy", {})
 
@@ -148,8 +148,9 @@ def _happen_once(toy: dict[str, Any]) -> None:
         Path(toy["marker"]).touch(exist_ok=False)
     except FileExistsError:
         return
-    if toy["fault"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if toy["fault"] in ("kill", "terminate"):
+        os.kill(os.getpid(), signal.SIGKILL if toy["fault"] == "kill" else signal.SIGTERM)
+        return
     raise torch.OutOfMemoryError("out of memory, as the test wants it")
 
 

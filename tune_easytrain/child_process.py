@@ -8,6 +8,7 @@ else with it, and what it held on the device goes with it.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -26,11 +27,14 @@ import cloudpickle
 
 from tune_easytrain.errors import ChildDiedError, TuneEasyTrainError
 from tune_easytrain.orphans import children_awaited, end_with_parent
+from tune_easytrain.protocol import Terminated
+from tune_easytrain.termination import EndRequested
 
 # Every optimizer imports torch._dynamo: seconds, and after the cap also memory of the trial's budget.
 TORCH_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
 """What the children of every trial with a task need."""
 
+_FORKSERVER_SIGNALS = "tune_easytrain.forkserver_signals"
 _FUNCTION_MODULES = ("tune_easytrain.child_service",)
 _SLOW_MODULES = ("torchvision", "torchmetrics", "transformers", "timm", "av", "pandas")
 _OUR_OWN = ("pandas",)  # loaded by this package wherever it reads results
@@ -45,6 +49,15 @@ _MALLOC_ENVIRONMENT = {
 _FORWARDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 _KILL_WAIT_SECONDS = 10.0
+_STACK_SIGNAL = signal.SIGUSR1
+_STACK_SECONDS = 0.5
+"""How long a child is waited for that writes its stack; it does so at once, or not at all."""
+
+_DEATH_HINTS = {
+    "SIGKILL": ", as the kernel does when the machine's memory runs out",
+    "SIGALRM": ": it was told to end by SIGTERM and had not done so in trial.grace seconds",
+    "SIGSEGV": ": a crash in native code",
+}
 _main_module_lock = threading.Lock()
 
 
@@ -72,7 +85,7 @@ def forkserver_context(preloaded_modules: Sequence[str] = TORCH_MODULES) -> Fork
     """
     os.environ.update(_MALLOC_ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*preloaded_modules])
+    context.set_forkserver_preload([_FORKSERVER_SIGNALS, *preloaded_modules])
     return context
 
 
@@ -137,13 +150,17 @@ class ChildProcess:
         """Start a child that serves the device session described by `opening`."""
         context = forkserver_context(preloaded_modules)
         self._connection, theirs = context.Pipe()
+        self._stacks, their_stacks = context.Pipe(duplex=False)
         environment = {name: os.environ.get(name) for name in _FORWARDED_VARIABLES}
         self._process = context.Process(
-            target=_child_main, args=(theirs, cloudpickle.dumps(opening), environment), daemon=False
+            target=_child_main,
+            args=(theirs, their_stacks, cloudpickle.dumps(opening), environment),
+            daemon=False,
         )
         with main_module_hidden():
             self._process.start()
         theirs.close()
+        their_stacks.close()
 
     def send(self, message: Any) -> None:
         """Send a message to the child."""
@@ -167,6 +184,22 @@ class ChildProcess:
             raise message.exception()
         return message
 
+    def terminate(self, wait_seconds: float = 0.0) -> None:
+        """Tell the child to end, and wait for that; while it trains it first stores a checkpoint."""
+        self._process.terminate()
+        if wait_seconds:
+            self._process.join(wait_seconds)
+
+    def stack(self) -> str:
+        """Return where every Python thread of the child is, in a C call too; empty if it does not say."""
+        assert self._process.pid is not None
+        text = b""
+        with contextlib.suppress(OSError, EOFError):
+            os.kill(self._process.pid, _STACK_SIGNAL)
+            while self._stacks.poll(_STACK_SECONDS) and (part := os.read(self._stacks.fileno(), 2**16)):
+                text += part
+        return text.decode(errors="replace")
+
     def kill(self) -> None:
         """End the child now, if it still runs, and wait until it and its loader processes are gone."""
         assert self._process.pid is not None
@@ -174,6 +207,7 @@ class ChildProcess:
             self._process.kill()
             self._process.join(_KILL_WAIT_SECONDS)
         self._connection.close()
+        self._stacks.close()
 
     def _death(self) -> ChildDiedError:
         self._process.join(_KILL_WAIT_SECONDS)
@@ -181,7 +215,7 @@ class ChildProcess:
         if code is not None and code < 0:
             number = -code
             name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-            hint = ", as the kernel does when the machine's memory runs out" if name == "SIGKILL" else ""
+            hint = _DEATH_HINTS.get(name, "")
             return ChildDiedError(f"the trial's process was ended by {name}{hint}")
         return ChildDiedError(f"the trial's process ended without a word, exit code {code}")
 
@@ -206,10 +240,17 @@ def main_module_hidden() -> Iterator[None]:
             names.update(hidden)
 
 
-def _child_main(connection: Connection, opening_payload: bytes, environment: dict[str, str | None]) -> None:
+def _child_main(
+    connection: Connection,
+    stacks: Connection,
+    opening_payload: bytes,
+    environment: dict[str, str | None],
+) -> None:
     end_with_owner()
+    faulthandler.register(_STACK_SIGNAL, stacks.fileno())
     gc.freeze()  # what was imported is never freed: each collection would look through it for 0.2 s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides what Ctrl-C means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -221,6 +262,9 @@ def _child_main(connection: Connection, opening_payload: bytes, environment: dic
         serve(connection, cloudpickle.loads(opening_payload))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the owner is gone or has had enough
+    except EndRequested as end:
+        with contextlib.suppress(OSError):
+            connection.send(Terminated(*end.args))
     except BaseException as error:  # noqa: BLE001 -- the owner raises it again
         connection.send(RemoteError.from_exception(error))
         raise SystemExit(0) from None

@@ -20,6 +20,7 @@ from tune_easytrain.protocol import (
     StoreOpened,
     TrainRequest,
 )
+from tune_easytrain.termination import Termination
 
 
 def serve(connection: Connection, opening: Opening | EstimateRequest | CheckRequest) -> None:
@@ -42,7 +43,7 @@ def serve(connection: Connection, opening: Opening | EstimateRequest | CheckRequ
         with _kept_surroundings():
             session = open_session(next_opening)
             try:
-                _serve_trial(connection, session)
+                _serve_trial(connection, session, next_opening.grace_seconds)
             finally:
                 session.memory.uncap()
         connection.send(Finished())
@@ -58,7 +59,7 @@ def open_session(opening: Opening) -> FunctionSession:
     return DeviceSession(opening)
 
 
-def _serve_trial(connection: Connection, session: FunctionSession) -> None:
+def _serve_trial(connection: Connection, session: FunctionSession, grace_seconds: float) -> None:
     """Answer a trial's requests until its training function has returned."""
     connection.send(session.opened())
 
@@ -79,9 +80,13 @@ def _serve_trial(connection: Connection, session: FunctionSession) -> None:
             if ranks is not None and reply.attempt.ran:  # else others may still wait for this one
                 ranks.leave()
         elif isinstance(request, TrainRequest):
-            session.train(request.microbatch_limit, send, ranks)
             if ranks is not None:
+                session.train(request.microbatch_limit, send, ranks)
                 ranks.leave()
+                return
+            termination = Termination(grace_seconds)
+            with termination.watched():
+                session.train(request.microbatch_limit, send, termination=termination)
             return
 
 

@@ -2,7 +2,7 @@
 
 `cli_jobs` has the commands for jobs of a cluster.
 
-Exit codes: 0 done, 1 trials failed, 2 bad input.
+Exit codes: 0 done, 1 trials failed, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from tune_easytrain import cli_jobs
 from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
+from tune_easytrain.plain_text import printable
 
 if TYPE_CHECKING:
     from tune_easytrain.accelerators import Accelerator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 app = typer.Typer(
     name="tune-easytrain",
@@ -52,16 +54,10 @@ def main() -> NoReturn:
     """Run the command line; what the user can mend is told without a traceback."""
     try:
         app()
-    except BadInputError as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(EXIT_BAD_INPUT)
     except TuneEasyTrainError as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(EXIT_FAILED)
+        text = printable(f"error: {error}")
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, BadInputError) else EXIT_FAILED)
     sys.exit(0)
 
 
@@ -315,7 +311,13 @@ def _check_models(config: SweepConfig, task_payload: bytes, max_experiments: int
 
 def _finish(results: SweepResults, as_json: bool) -> NoReturn:
     _print_results(results, as_json)
-    num_failed = results.num_failed
+    num_failed, num_unfinished = results.num_failed, results.num_unfinished
+    if num_unfinished:
+        to_err(
+            f"{num_unfinished} trials have not ended; tune-easytrain resume {shlex.quote(results.place)} "
+            "goes on with them"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
     if num_failed:
         to_err(
             f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks"

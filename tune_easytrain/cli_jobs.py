@@ -53,7 +53,9 @@ def submit(
     ] = None,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An environment variable of the job and its trials."),
+        typer.Option(
+            metavar="NAME=VALUE", help="An environment variable of the job and its trials; no secret."
+        ),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Print the job's id and end, in place of following it.")
@@ -173,7 +175,7 @@ def _variables(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise BadInputError(f"--env {text}: write NAME=VALUE")
+            raise BadInputError(f"--env {name}: write NAME=VALUE")
         variables[name] = value
     return variables
 

@@ -7,15 +7,17 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
+from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_easytrain.errors import BadInputError, InsufficientResourcesError
+from tune_easytrain.local_ray import names_no_cluster, on_loopback, own_token
 from tune_easytrain.trial_request import ACCELERATOR_PREFIX, TrialRequest
 from tune_easytrain.yaml_source import read_file
 
@@ -36,8 +38,9 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
     """Connect to Ray for the time of a sweep; a connection that the caller already has is used and kept.
 
     Args:
-        address: `local` starts a cluster of this machine that ends with the sweep; None joins the one that
-            RAY_ADDRESS or this host names, or else starts a local one; anything else is an address to join.
+        address: `local` starts a cluster of this machine that ends with the sweep, and that nobody else can
+            reach; None joins the one that RAY_ADDRESS or this host names, or else starts a local one;
+            anything else is an address to join.
         working_dir: a folder whose code travels to every worker.
 
     Raises BadInputError when no cluster answers at `address`.
@@ -56,19 +59,29 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if working_dir is not None:
         options["runtime_env"] = {"working_dir": str(Path(working_dir).expanduser().resolve())}
-    if address == "local":
-        # Set rather than left to Ray: its default writes a token under the home folder, which then turns
-        # authentication on for clusters that were never meant to have it. This one listens on loopback.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    is_own = address == "local" or (address is None and names_no_cluster())
+    with ExitStack() as stack:
+        if is_own:
+            address = "local"
+            options |= {"include_dashboard": False}
+            stack.enter_context(own_token())
+        with on_loopback() if is_own else nullcontext():
+            _connect(address, options)
+        stack.callback(ray.shutdown)
+        yield
+
+
+def _connect(address: str | None, options: Mapping[str, Any]) -> None:
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BadInputError(f"--address {address}: cannot join a Ray cluster: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
+        reason = str(error).partition("\n")[0]
+        if address == "local":
+            raise BadInputError(f"--address local: cannot start Ray on this machine: {reason}") from error
+        raise BadInputError(
+            f"--address {address}: cannot join a Ray cluster: {reason}; if it asks for a token: "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
 
 
 def _check_reachable(address: str | None) -> None:

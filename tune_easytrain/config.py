@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
+from tune_easytrain import credentials
 from tune_easytrain.config_checks import sweep_issues
 from tune_easytrain.config_issues import Issue, fail, fail_with, issues_of, kind_of
 from tune_easytrain.errors import ConfigError, Fault
@@ -41,6 +42,7 @@ __all__ = [
 RESERVED_NAMES = ("batch", "train", "memory", "trial", "run")
 """Names that `config` may not hold at its top, because a trial's config has them for the sections."""
 
+_SECRET = "holds a secret, and results and a cluster's log show what is in a sweep file"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 
@@ -75,11 +77,17 @@ class SweepConfig(Section):
     """How the sweep as a whole is run."""
 
     _source_path: Path | None = PrivateAttr(default=None)
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def source_path(self) -> Path | None:
         """The file this was loaded from; None for a config given as a Python dict."""
         return self._source_path
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The `key=value` strings that replaced or added values when it was loaded."""
+        return self._overrides
 
     @property
     def project_root(self) -> Path:
@@ -145,6 +153,7 @@ def load_config(
     faults = _in_order(source, faults, issues) + override_faults
     if faults or config is None:
         raise ConfigError(faults)
+    config._overrides = tuple(overrides)
     if not isinstance(path_or_dict, Mapping):
         config._source_path = Path(path_or_dict).absolute()
     return config
@@ -165,6 +174,8 @@ def _check(source: YamlSource) -> tuple[SweepConfig | None, list[Issue]]:
         problem = f"the file is {kind_of(source.data)}, not a mapping"
         return None, [Issue((), problem, f"begin with {', '.join(SweepConfig.model_fields)}")]
     data = {key: value for key, value in source.data.items() if value is not None}
+    if issues := [Issue(path, _SECRET, credentials.REMEDY) for path in credentials.secrets_in(data)]:
+        return None, issues  # alone, as other faults show the values they are about
     issues = list(sweep_issues(data))
     config = None
     try:

@@ -6,10 +6,16 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_LONGEST_NAME = 200
+"""Longer ones are compared with none, as that takes the square of their length."""
+
 
 def nearest_names(value: object, valid: Iterable[str], count: int = 3) -> list[str]:
     """Return the valid names that look most like `value`, best first; empty when none is close."""
-    return difflib.get_close_matches(str(value), list(valid), n=count, cutoff=0.5)
+    if len(str(value)) > _LONGEST_NAME:
+        return []
+    names = [name for name in valid if len(name) <= _LONGEST_NAME]
+    return difflib.get_close_matches(str(value), names, n=count, cutoff=0.5)
 
 
 def did_you_mean(value: object, valid: Iterable[str]) -> str:
@@ -18,7 +24,7 @@ def did_you_mean(value: object, valid: Iterable[str]) -> str:
     close = nearest_names(value, names)
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
-    return f"valid: {', '.join(names)}"
+    return f"valid: {', '.join(name[:_LONGEST_NAME] for name in names)}"
 
 
 def require_one_of(name: str, value: object, valid: Iterable[str]) -> None:
@@ -143,6 +149,21 @@ class UnsavedResultsError(TuneEasyTrainError):
         )
 
 
+class UnsavedEventsError(TuneEasyTrainError):
+    """A sweep is over, and its run directory has not taken everything. Nothing is lost: a folder has it."""
+
+    def __init__(self, folder: str, copy: str, reason: str) -> None:
+        super().__init__(folder, copy, reason)
+        self.folder, self.copy, self.reason = folder, copy, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder} cannot be written ({self.reason}). Nothing is lost: the last events are in "
+            f"{self.copy}. When it can be written, add each file there to the one of the same name: "
+            f"for file in {self.copy}/*; do cat $file >> {self.folder}/$(basename $file); done"
+        )
+
+
 class StorageLostError(TuneEasyTrainError):
     """A sweep ended early, as Ray Tune needed its storage and that did not come back."""
 
@@ -211,6 +232,18 @@ class NonFiniteLossError(TuneEasyTrainError):
 
 class ChildDiedError(TuneEasyTrainError):
     """The process that ran a trial's torch code ended without a word (killed, crashed, or hung)."""
+
+
+class TrialHungError(ChildDiedError):
+    """Training was silent for longer than `trial.timeout`."""
+
+
+class TerminatedError(ChildDiedError):
+    """The process that ran a trial's torch code was told to end, and has ended in good order."""
+
+
+class LoaderLostError(ChildDiedError):
+    """Loader processes of a trial were killed, again and again."""
 
 
 class WorkerLostError(ChildDiedError):

@@ -45,6 +45,7 @@ class Evaluation:
         plan = BatchPlan.build(max(1, loader.num_samples), microbatch_limit)
         self._rescue = Rescue(model, plan, trial.memory, tell=lambda change: None)
         self._rescue.is_alone = passes is None
+        self._rescue.termination = trial.termination
         self._passes = passes
 
     @property
@@ -87,6 +88,8 @@ class Evaluation:
         weight_sum = 0.0
         with torch.no_grad():
             batches = self._loader.in_order(plan.microbatch_size, samples)
+            if self._trial.termination is not None:
+                batches = self._trial.termination.watch(batches)
             if self._passes is not None:
                 batches = self._passes.in_step(batches, lambda spare: self._evaluate_batch(spare, ()))
             for batch in batches:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,28 @@ class Reported(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLost(Event):
+    """A checkpoint could not be stored; the trial trains on, and the next one is stored as if nothing was."""
+
+    kind: ClassVar[str] = "checkpoint_lost"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted(Event):
+    """The trial was ended from outside, and is to go on from its newest checkpoint.
+
+    `reason` is one line, `details` the traceback. `is_failure` says that this counts toward
+    `trial.max_failures`: it does unless the whole sweep was interrupted.
+    """
+
+    kind: ClassVar[str] = "interrupted"
+    reason: str
+    is_failure: bool = True
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingEnded(Event):
     """The training function has returned, or said that nothing follows."""
 
@@ -149,6 +173,8 @@ _KINDS: dict[str, type[Event]] = {
         Planned,
         Rescued,
         Reported,
+        CheckpointLost,
+        Interrupted,
         TrainingEnded,
         Failed,
         Finished,
@@ -158,15 +184,25 @@ _KINDS: dict[str, type[Event]] = {
 
 
 def append_events(path: Path, events: Iterable[Event]) -> None:
-    """Add events to a trial's file; a half-written last line of a killed driver is closed first."""
+    """Add events to a trial's file, all or none; a half-written last line of a killed driver is closed first.
+
+    Raises OSError where the file cannot be written.
+    """
     text = "".join(f"{event.to_json()}\n" for event in events)
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:
         if not _ends_in_newline(file):
             text = f"\n{text}"
-        file.write(text.encode())
+        num_bytes_before = file.seek(0, os.SEEK_END)
+        unwritten = memoryview(text.encode())
+        try:
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
+        except OSError:
+            file.truncate(num_bytes_before)
+            raise
 
 
-def _ends_in_newline(file: BinaryIO) -> bool:
+def _ends_in_newline(file: RawIOBase) -> bool:
     if file.seek(0, os.SEEK_END) == 0:
         return True
     file.seek(-1, os.SEEK_END)
@@ -176,7 +212,8 @@ def _ends_in_newline(file: BinaryIO) -> bool:
 def load_events(path: Path) -> Iterator[Event]:
     """Yield the events of a trial's file; lines that are no whole event are passed over.
 
-    Fields that this version does not know are dropped, so that a newer sweep can still be read.
+    So are those with a value of another type than its field's. Fields that this version does not know are
+    dropped, so that a newer sweep can still be read.
     """
     with path.open("rb") as file:
         for line in file:
@@ -187,9 +224,63 @@ def load_events(path: Path) -> Iterator[Event]:
 
 def _parse(line: bytes) -> Event | None:
     try:
-        values = json.loads(line)
+        values = _with_whole_characters(json.loads(line), line)
         event_type = _KINDS[values.pop("event")]
-        known = {f.name for f in fields(event_type)}
-        return event_type(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        checks = _CHECKS[event_type]
+        known = {name: value for name, value in values.items() if name in checks}
+        return event_type(**known) if all(checks[name](known[name]) for name in known) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+_MAX_DEPTH = 200
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+
+
+def _with_whole_characters(values: Any, line: bytes) -> Any:
+    """Put `?` for what no file and no terminal takes: a message may name a file whose name is not UTF-8."""
+    if _HALF_CHARACTER.search(line) is None:
+        return values
+    return json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Return whether a value is nested no deeper, and its integers are no larger, than readers can take."""
+    if isinstance(value, (dict, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return depth <= _MAX_DEPTH and all(_is_plain(item, depth + 1) for item in items)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
+
+
+def _is_attempt(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_integer(value.get("microbatch_size"))
+        and isinstance(value.get("outcome"), str)
+    )
+
+
+_CHECK_OF_TYPE: Mapping[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "int": _is_integer,
+    "int | None": lambda value: value is None or _is_integer(value),
+    "float": _is_number,
+    "dict[str, Any]": lambda value: isinstance(value, dict) and _is_plain(value),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "list[dict[str, Any]]": lambda value: isinstance(value, list) and all(map(_is_attempt, value)),
+}
+"""What a value read from a file must be, by its field's annotation; the one list of dicts is `attempts`."""
+
+_CHECKS = {
+    event_type: {f.name: _CHECK_OF_TYPE[str(f.type)] for f in fields(event_type)}
+    for event_type in _KINDS.values()
+}

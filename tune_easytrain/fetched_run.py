@@ -9,13 +9,15 @@ import io
 import re
 import shlex
 import tarfile
+import zlib
 from pathlib import Path
 
 import click
 
 from tune_easytrain.errors import BadInputError, RunDirectoryError
+from tune_easytrain.plain_text import is_file_name
 from tune_easytrain.run_directory import RunDirectory
-from tune_easytrain.storage_url import is_url
+from tune_easytrain.storage_url import StorageUrl, is_url
 from tune_easytrain.submit import HEAD_STORAGE, STORAGE_VARIABLE
 
 _BEGIN, _END = "begin-of-run", "end-of-run"
@@ -59,6 +61,7 @@ def fetch_script(run_dir: str | None) -> str:
         home = HEAD_STORAGE.replace("~", "$HOME", 1)
         folders = [f'"${{{STORAGE_VARIABLE}:-{home}}}"/*', f'"{home}"/*', f"{_COPIES}/*"]
     elif is_url(run_dir):
+        StorageUrl.parse(run_dir)  # refuses one with a secret, before another machine's shell has it
         folders = [f"{_COPIES}/{shlex.quote(run_dir.rstrip('/').rpartition('/')[2])}-*"]
     else:
         quoted = f'"$HOME"/{shlex.quote(run_dir[2:])}' if run_dir.startswith("~/") else shlex.quote(run_dir)
@@ -85,11 +88,32 @@ def unpack_run(output: str, run_dir: str | None, target: Path) -> RunDirectory:
     try:
         content = base64.b64decode(re.sub(r"\s", "", text), validate=True)
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(target, filter="data")
-    except (binascii.Error, tarfile.TarError, OSError) as error:
+            names = {_unpack(archive, member, target) for member in archive if not member.isdir()}
+    except (binascii.Error, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise RunDirectoryError(f"the run directory did not arrive whole: {error}; try again") from None
-    (folder,) = target.iterdir()
-    return RunDirectory.open(folder)
+    return RunDirectory.open(target / min(names, default=""))
+
+
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> str:
+    """Write one file of a run directory and return the directory's name.
+
+    Raises RunDirectoryError for anything else: a head that strangers have got into could write anywhere.
+    """
+    file = archive.extractfile(member) if member.isreg() else None
+    run, *inside = parts = member.name.split("/")
+    if file is None or not all(map(is_file_name, parts)) or not _is_expected(inside):
+        raise RunDirectoryError(
+            f"the cluster's head sent {member.name!r}, which is no part of a run directory; nothing more of "
+            "it was unpacked"
+        )
+    path = target.joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file.read())
+    return run
+
+
+def _is_expected(inside: list[str]) -> bool:
+    return inside == ["sweep.json"] or (len(inside) == 2 and inside[0] == "trials")
 
 
 def _run_on_head(cluster_file: str, script: str) -> str:

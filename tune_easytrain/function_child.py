@@ -101,6 +101,16 @@ class FunctionTrial:
         self._last_message = self._child.receive(timeout_seconds)
         return self._last_message
 
+    def stack(self) -> str:
+        """Return where the child is."""
+        assert self._child is not None, "open comes first"
+        return self._child.stack()
+
+    def terminate(self, wait_seconds: float = 0.0) -> None:
+        """Tell the child to end."""
+        if self._child is not None:
+            self._child.terminate(wait_seconds)
+
     def kill(self) -> None:
         """End the trial, and the child too unless its function has returned or is about to."""
         if self._child is None:

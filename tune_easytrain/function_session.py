@@ -16,11 +16,13 @@ import cloudpickle
 
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.errors import OutOfMemoryInTrainingError
+from tune_easytrain.errors import LoaderLostError, OutOfMemoryInTrainingError
 from tune_easytrain.host_memory import CpuMemory
+from tune_easytrain.loader_errors import is_lost_loader
 from tune_easytrain.memory_budget import BudgetRequest
 from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 from tune_easytrain.protocol import AttemptReply, Opened, Opening, PlanChanged, Report, WorkerPlace
+from tune_easytrain.termination import Termination
 from tune_easytrain.trial_context import TrialContext
 
 if TYPE_CHECKING:
@@ -89,12 +91,15 @@ class FunctionSession:
         microbatch_limit: int | None,
         send: Callable[[Report | PlanChanged], None],
         ranks: RankGroup | None = None,
+        termination: Termination | None = None,
     ) -> None:
         """Run the training function to its end; `send` takes each report, and each new batch plan.
 
-        `ranks` are the workers that train together with this one (None: there are no others).
+        `ranks` are the workers that train together with this one (None: there are no others), `termination`
+        is who knows whether this process was told to end.
 
-        Raises OutOfMemoryInTrainingError, with what to change, when memory runs out.
+        Raises OutOfMemoryInTrainingError, with what to change, when memory runs out, LoaderLostError when
+        loader processes are killed.
         """
         function = self._training_function()
         checkpoint = self._opening.checkpoint_path
@@ -112,10 +117,14 @@ class FunctionSession:
             send=send,
             is_near_edge=self._is_near_edge,
             workers=ranks,
+            termination=termination,
+            store=self._opening.store,
         )
         try:
             function(self._opening.config, context)
         except Exception as error:
+            if is_lost_loader(error):
+                raise LoaderLostError(f"loader processes were killed: {error}") from error
             if classify_error(error) is not ErrorKind.MEMORY:
                 raise
             size = "" if microbatch_limit is None else f" with micro-batches of {microbatch_limit} samples"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import requests
 from ray.exceptions import AuthenticationError
 
+from tune_easytrain.credentials import has_user
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def find_address(address: str | None) -> str:
         )
     if address == "auto":
         return address
+    if has_user(address):
+        raise BadInputError(
+            f"{source}: the address holds a user name or a password; leave it out, and put the cluster's "
+            "token into RAY_AUTH_TOKEN"
+        )
     scheme, separator, rest = address.partition("://")
     if scheme in ("http", "https") and separator and rest:
         return address.rstrip("/")

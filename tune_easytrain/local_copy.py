@@ -18,9 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tune_easytrain.errors import StorageError
+from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.storage import Storage
+from tune_easytrain.storage_url import is_url
 
 _MOST_BYTES = 1 << 30
+_MOST_NAME_BYTES = 200  # object stores have longer names than file systems
 _NUM_CONNECTIONS = 32  # each waits for the store nearly all the time
 _DRIVER_NAME = "driver.json"
 _WRITER_NAME = "writer"
@@ -44,7 +47,7 @@ class Driver:
 def copy_path(storage: Storage) -> Path:
     """Return the folder for the local copy of the run directory at `storage`."""
     assert storage.url is not None
-    name = storage.url.name or storage.url.authority
+    name = (storage.url.name or storage.url.authority).encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
     digest = hashlib.sha256(storage.url.identity.encode()).hexdigest()[:8]
     return _copies_dir() / f"{name}-{digest}"
 
@@ -57,9 +60,11 @@ def _copies_dir() -> Path:
 def load_driver(folder: Path) -> Driver | None:
     """Return who has written a copy; None for one that was only fetched, and for other run directories."""
     try:
-        return Driver(**json.loads((folder / _DRIVER_NAME).read_text()))
-    except (OSError, ValueError, TypeError):
+        driver = Driver(**json.loads((folder / _DRIVER_NAME).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    is_whole = isinstance(driver.is_complete, bool) and isinstance(driver.writer, str)
+    return driver if is_whole and isinstance(driver.url, str) and is_url(driver.url) else None
 
 
 def take_over(folder: Path, storage: Storage) -> None:
@@ -111,15 +116,16 @@ def fetch(storage: Storage, folder: Path, name: str, subfolder: str) -> None:
         for name, stored in there.items()
         if _stamp(folder / name) != (stored.num_bytes, stored.mtime_ns)
     }
-    (folder / subfolder).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+    with written_by_nobody_else(), ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
         for _ in pool.map(lambda item: _fetch_file(storage, folder, *item), changed.items()):
             pass
 
 
 def fetch_file(storage: Storage, folder: Path, name: str) -> None:
     """Fetch one file into the copy; raises FileNotFoundError where the store has none."""
-    _fetch_file(storage, folder, name, None)
+    with written_by_nobody_else():
+        _fetch_file(storage, folder, name, None)
 
 
 def trim_copies(kept: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from pyarrow import fs
 
 from tune_easytrain.errors import StorageError
+from tune_easytrain.plain_text import is_file_name
 from tune_easytrain.storage_url import StorageUrl
 
 _CONNECT_SECONDS = 5.0
@@ -104,11 +105,18 @@ class ObjectStore:
                 return
 
     def files(self, folder: str) -> dict[str, StoredFile]:
-        """Return the files directly in a folder, by name; none where there is no such folder."""
+        """Return the files directly in a folder, by name; none where there is no such folder.
+
+        Keys that could not be a file's name on this machine, as `..` could not, are passed over.
+        """
         selector = fs.FileSelector(self._at(folder), allow_not_found=True, recursive=False)
         with _plain_errors(self.url):
             infos = self._files.get_file_info(selector)
-        return {info.base_name: StoredFile(info.size, info.mtime_ns or 0) for info in infos if info.is_file}
+        return {
+            info.base_name: StoredFile(info.size, info.mtime_ns or 0)
+            for info in infos
+            if info.is_file and is_file_name(info.base_name)
+        }
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path

@@ -20,6 +20,13 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Take `end_with_parent` back, and leave the process group, which Ray kills with the worker it is of."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    with contextlib.suppress(PermissionError):  # it leads one already
+        os.setpgid(0, 0)
+
+
 @contextmanager
 def children_awaited(pid: int, timeout_seconds: float) -> Iterator[None]:
     """Wait at the end until the children that a process has at the beginning are gone too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,27 +12,60 @@ from pathlib import Path
 from tune_easytrain.errors import RunDirectoryError
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_RUNS_CODE = "going on with a sweep runs the code that is stored with it"
 
 
 def require_own(paths: Iterable[Path]) -> None:
-    """Raise RunDirectoryError for a file or folder that another user owns or may write.
+    """Raise RunDirectoryError for a file or folder that another user owns or may write, or could exchange.
 
-    What is unpickled runs as code, with everything that this user may do.
+    What is unpickled runs as code, with everything that this user may do. Of a folder all is looked at that
+    it holds, since Ray unpickles some files that are deep in it, and from the top down: where nobody else can
+    write, nothing changes between the look and the use.
+
+    Args:
+        paths: existing files and folders, without links on the way.
     """
+    looked_at: set[Path] = set()
     for path in paths:
-        status = path.stat()
-        if status.st_uid != os.geteuid():
-            raise RunDirectoryError(
-                f"{path} belongs to another user (uid {status.st_uid}, you are {os.geteuid()}), and going on "
-                "with a sweep runs the code that is stored with it; do that as its owner, or, if you trust "
-                "them, with a copy of the folder"
-            )
-        if status.st_mode & _WRITABLE_BY_OTHERS:
-            raise RunDirectoryError(
-                f"{path} can be written by other users (mode {stat.S_IMODE(status.st_mode):o}), and going on "
-                "with a sweep runs the code that is stored with it; if you know that nobody has changed it: "
-                f"chmod go-w {path}"
-            )
+        if looked_at.isdisjoint(path.parents):
+            for parent in path.parents:
+                _require_lasting(parent)
+            _require_tree(path, path.lstat())
+            looked_at.add(path)
+
+
+def _require_tree(path: Path, status: os.stat_result) -> None:
+    _require_own(path, status)
+    if stat.S_ISDIR(status.st_mode):
+        with os.scandir(path) as entries:
+            for entry in entries:
+                _require_tree(path / entry.name, entry.stat(follow_symlinks=False))
+
+
+def _require_own(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise RunDirectoryError(f"{path} is a link, and {_RUNS_CODE}; put what it leads to in its place")
+    if status.st_uid != os.geteuid():
+        raise RunDirectoryError(
+            f"{path} belongs to another user (uid {status.st_uid}, you are {os.geteuid()}), and "
+            f"{_RUNS_CODE}; do that as its owner, or, if you trust them, with a copy of the folder"
+        )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise RunDirectoryError(
+            f"{path} can be written by other users (mode {stat.S_IMODE(status.st_mode):o}), and "
+            f"{_RUNS_CODE}; if you know that nobody has changed it: chmod -R go-w {shlex.quote(str(path))}"
+        )
+
+
+def _require_lasting(folder: Path) -> None:
+    """Raise RunDirectoryError for a folder in which every user may put something else in a place."""
+    mode = folder.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise RunDirectoryError(
+            f"{folder} can be written by all users (mode {stat.S_IMODE(mode):o}), so they can exchange what "
+            f"is in it, and {_RUNS_CODE}; chmod o-w {shlex.quote(str(folder))}, or go on with a copy of the "
+            "run directory in a folder of yours"
+        )
 
 
 @contextmanager

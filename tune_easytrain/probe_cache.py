@@ -13,6 +13,7 @@ from typing import Protocol
 from tune_easytrain.events import Event, Probed, Rescued
 from tune_easytrain.probe import Attempt, Bound, Outcome
 
+_BOUNDS = frozenset(Bound)
 _RAN = (Outcome.FITS, Outcome.ALLOCATOR_RETRIED)
 _BUDGET_TOLERANCE = 0.02
 """Budgets nearer to each other than this count as equal: what is free on a device varies a little."""
@@ -162,7 +163,7 @@ def evidence_in(events: Iterable[Event]) -> Iterator[ProbeEvidence]:
     """Yield what one trial's events say of the sizes it tried, and of those that failed in training."""
     probed: Probed | None = None
     for event in events:
-        if isinstance(event, Probed) and event.signature:
+        if isinstance(event, Probed) and event.signature and event.bounded_by in _BOUNDS:
             probed = event
             yield ProbeEvidence.from_probed(event)
         elif isinstance(event, Rescued) and probed is not None:

@@ -12,7 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.events import Event, Failed, Planned, Probed, Reported, Rescued, Started
+from tune_easytrain.events import (
+    CheckpointLost,
+    Event,
+    Failed,
+    Interrupted,
+    Planned,
+    Probed,
+    Reported,
+    Rescued,
+    Started,
+)
+from tune_easytrain.plain_text import printable
 from tune_easytrain.trial_record import TrialRecord, TrialState
 
 _ROWS_SHOWN = 30
@@ -20,6 +31,7 @@ _STYLES = {
     TrialState.PENDING: "dim",
     TrialState.PROBING: "cyan",
     TrialState.TRAINING: "blue",
+    TrialState.INTERRUPTED: "magenta",
     TrialState.FINISHED: "green",
     TrialState.STOPPED: "yellow",
     TrialState.FAILED: "red",
@@ -68,31 +80,45 @@ class Progress:
             if line:
                 say_lines(self._console, [line])
         elif isinstance(event, Failed):
-            self._live.console.print(f"{record.trial_id} failed: {event.error}", style="red", markup=False)
+            line = printable(f"{record.trial_id} failed: {event.error}")
+            self._live.console.print(line, style="red", markup=False)
+        elif isinstance(event, CheckpointLost) or (isinstance(event, Interrupted) and event.is_failure):
+            say_line(self._live.console, describe_event(record, event, self._metric, self._keys))
 
     def _table(self) -> Table:
         counts = {state: sum(r.state is state for r in self._records.values()) for state in TrialState}
         title = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         table = Table(title=title or "starting Ray", expand=False)
         for heading in ("trial", *self._keys, "state", "m × k", "peak / budget", "epoch", self._metric):
-            table.add_column(heading)
+            table.add_column(_text(heading))  # a string would be read as markup
         shown = sorted(self._records.values(), key=_interest)[:_ROWS_SHOWN]
         for record in sorted(shown, key=lambda r: r.trial_id):
-            table.add_row(*map(Text, _cells(record, self._keys, self._metric)), style=_STYLES[record.state])
+            table.add_row(*map(_text, _cells(record, self._keys, self._metric)), style=_STYLES[record.state])
         if len(self._records) > _ROWS_SHOWN:
             table.caption = f"{len(self._records) - _ROWS_SHOWN} more trials"
         return table
 
 
+def say_line(console: Console, line: str) -> None:
+    """Print a line as it is, however wide the terminal is."""
+    say_lines(console, [line])
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
+
+
 def say_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, however wide the terminal is."""
+    """Print lines as they are, however wide the terminal is; nothing in them is obeyed by it."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _interest(record: TrialRecord) -> tuple[int, str]:
     """Order trials by what a watcher wants to see when not all fit: running, failed, pending, done."""
-    order = {TrialState.TRAINING: 0, TrialState.PROBING: 0, TrialState.FAILED: 1, TrialState.PENDING: 2}
+    order = {TrialState.FAILED: 1, TrialState.INTERRUPTED: 1, TrialState.PENDING: 2}
+    if record.state.is_running:
+        return 0, record.trial_id
     return order.get(record.state, 3), record.trial_id
 
 
@@ -146,6 +172,10 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
             shown = dict.fromkeys(["train_loss", metric])
             values = ", ".join(f"{key} {event.metrics[key]:.4g}" for key in shown if key in event.metrics)
             return f"{name}: epoch {event.metrics['epoch']:g}: {values}"
+        case CheckpointLost():
+            return f"{name}: a checkpoint is lost, training goes on: {event.reason}"
+        case Interrupted():
+            return f"{name}: interrupted: {event.reason}"
         case Failed():
             return f"{name}: failed: {event.error}"
         case _:

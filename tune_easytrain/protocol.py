@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.exactness import BatchCoupling
 from tune_easytrain.probe import Attempt
 from tune_easytrain.settings import TrialSettings
@@ -27,6 +28,8 @@ class Opening:
         budget_bytes: the memory budget found by an earlier child of this trial.
         rank: this worker's number among those that train the trial together, from 0.
         is_shared: whether other trials may ask for what this one finds, so that it needs a signature.
+        grace_seconds: how long the child may take to end when it is told to.
+        store: where it stores a checkpoint then; None: nowhere.
     """
 
     task_payload: bytes | None
@@ -41,6 +44,8 @@ class Opening:
     budget_bytes: int | None = None
     rank: int = 0
     is_shared: bool = True
+    grace_seconds: float = 30.0
+    store: CheckpointStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +91,14 @@ class Opened:
 class WorkerPlace:
     """One worker's place among those that train a trial together.
 
-    `store_address` is where the worker of rank 0 keeps what they need to find each other (host and port);
-    None for that worker itself, which opens the store and tells its port.
+    `host` is the address of the worker of rank 0, which keeps what they need to find each other, and `port`
+    where it listens there; None for that worker itself, which opens the store and tells its port.
     """
 
     rank: int
     num_workers: int
-    store_address: tuple[str, int] | None = None
+    host: str
+    port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,9 @@ class StoreOpened:
 class Report:
     """Metrics of one epoch (or of one report of the user's own function).
 
-    `checkpoint_path` is a file in the scratch folder, or None. `is_final` says that nothing follows, and
-    `reason` why. The child waits for a `Continue` before it goes on.
+    `checkpoint_path` is a file in the scratch folder, or None; `checkpoint_error` is why there is none where
+    there should be one. `is_final` says that nothing follows, and `reason` why. The child waits for a
+    `Continue` before it goes on.
     """
 
     metrics: dict[str, float]
@@ -142,6 +149,7 @@ class Report:
     checkpoint_path: str | None = None
     is_final: bool = False
     reason: str = ""
+    checkpoint_error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +183,13 @@ class PlanChanged:
 @dataclass(frozen=True, slots=True)
 class Continue:
     """The report has been taken; go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terminated:
+    """The child was told to end, and ends; `lost` says why what it had done is not stored, if it is not."""
+
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)

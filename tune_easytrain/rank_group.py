@@ -6,6 +6,8 @@ than the others, none at all, or a window that it had to compute again, and nobo
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +25,10 @@ from tune_easytrain.protocol import WorkerPlace
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are copied together up to this size, so that one reduction carries many of them."""
+
+LOOPBACK = "127.0.0.1"
+
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 _LARGEST_PICKLED = 64  # numbers; a tensor of more travels as a tensor
 
@@ -47,16 +53,15 @@ class RankGroup:
     def join(cls, place: WorkerPlace, device: torch.device, tell_port: Callable[[int], None]) -> RankGroup:
         """Meet the other workers; NCCL carries what is on GPUs, gloo what is on CPUs.
 
-        Rank 0 opens the store, on a port that the system chooses, and gives it to `tell_port`.
+        Rank 0 opens the store, on a port that the system chooses, and gives it to `tell_port`. It listens on
+        its own address alone, and where that is loopback the workers' other connections stay there too.
         """
-        if place.store_address is None:
-            store = TCPStore(
-                "0.0.0.0", 0, place.num_workers, is_master=True, wait_for_workers=False, timeout=_TIMEOUT
-            )
+        if place.host == LOOPBACK:
+            for name in _INTERFACE_VARIABLES:
+                os.environ.setdefault(name, "lo")
+        store = _open_store(place)
+        if place.port is None:
             tell_port(store.port)
-        else:
-            host, port = place.store_address
-            store = TCPStore(host, port, place.num_workers, is_master=False, timeout=_TIMEOUT)
         if device.index is not None:  # without, it is the only GPU that this process sees
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -191,6 +196,24 @@ class RankGroup:
                 sent = tensor.to(self._device)  # NCCL reads no host memory
                 dist.broadcast(sent, src=0)
                 tensor.copy_(sent)
+
+
+def _open_store(place: WorkerPlace) -> TCPStore:
+    """Return the store of a trial's workers; rank 0 opens it."""
+    if place.port is not None:
+        return TCPStore(place.host, place.port, place.num_workers, is_master=False, timeout=_TIMEOUT)
+    family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+    # Left to itself the store would listen on all addresses, and whoever reaches it can lead the workers on.
+    listening = socket.create_server((place.host, 0), family=family)
+    return TCPStore(
+        place.host,
+        listening.getsockname()[1],
+        place.num_workers,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_TIMEOUT,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Rescue: a window in which memory ran out is computed again with smaller micro-batches."""
+"""Rescue: a window in which memory ran out, or the loader was killed, is computed again."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from tune_easytrain.batch_plan import BatchPlan
-from tune_easytrain.errors import MicrobatchTooLargeError, OutOfMemoryInTrainingError
+from tune_easytrain.errors import LoaderLostError, MicrobatchTooLargeError, OutOfMemoryInTrainingError
+from tune_easytrain.loader_errors import is_lost_loader
 from tune_easytrain.memory import DeviceMemory
 from tune_easytrain.memory_errors import ErrorKind, classify_error, first_line
 from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.random_state import get_random_state, set_random_state
+from tune_easytrain.termination import EndRequested, Termination
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 _LARGEST_COUNT = 2**16
+_MOST_LOST_LOADERS = 3
 
 
 class Rescue:
     """Computes window after window; where memory runs out, it halves the micro-batch and computes anew.
 
+    Where loader processes were killed it computes anew, with new ones, as it is.
     Before a window is computed again the random state and the model's buffers (BatchNorm's statistics) are
     set back to what they were at its start, its gradients are discarded, and the device's cache is emptied.
     So no sample is lost or counted twice. The smaller micro-batch stays in use for all later windows.
@@ -35,7 +39,10 @@ class Rescue:
         plan: the batch plan in use. It may be exchanged for another one between windows.
         is_alone: whether windows are computed by this worker alone. Where other workers wait for it inside of
             them, none can be computed again: MicrobatchTooLargeError is raised instead.
-        num_rescues: how often a window was computed again.
+        num_rescues: how often a window was computed again with smaller micro-batches.
+        num_lost_loaders: how often one was because loader processes were killed.
+        termination: where given, a window is given up when the process was told to end, with everything as
+            it was at the window's start; EndRequested is raised.
     """
 
     def __init__(
@@ -44,7 +51,8 @@ class Rescue:
         """`tell` is called with every new plan, before the window is computed again."""
         self.plan = plan
         self.is_alone = True
-        self.num_rescues = 0
+        self.num_rescues = self.num_lost_loaders = 0
+        self.termination: Termination | None = None
         self._model = model
         self._memory = memory
         self._tell = tell
@@ -61,6 +69,7 @@ class Rescue:
 
         Raises:
             OutOfMemoryInTrainingError: a single sample at a time does not fit.
+            LoaderLostError: loader processes are killed again and again.
             Exception: what `window` raises for other reasons, unchanged.
         """
         self._start.take()
@@ -69,27 +78,53 @@ class Rescue:
             size = self.plan.for_window(num_samples or self.plan.effective_batch_size).microbatch_size
             try:
                 return window(self.plan)
+            except EndRequested:
+                self._set_back()
+                raise
             except Exception as error:
-                if classify_error(error) is ErrorKind.BUG:
-                    if failed_size is not None:
-                        error.add_note(f"in place of a micro-batch of {failed_size}, which ran out of memory")
-                    raise
+                if self.termination is not None and self.termination.is_due:
+                    self._set_back()  # what failed may well have been told to end too
+                    raise EndRequested from error
                 message = first_line(error)
-                if not self.is_alone:
-                    raise MicrobatchTooLargeError(size, message) from error
-                if size <= 1:
-                    raise OutOfMemoryInTrainingError(
-                        f"not even a single sample at a time fits any more: {message}. Give the trial more "
-                        "memory (batch.memory_budget, batch.memory_fraction), or use a smaller input"
-                    ) from error
+                has_lost_loader = is_lost_loader(error)
+                if has_lost_loader:
+                    self._count_lost_loader(error)
+                else:
+                    self._require_size_to_blame(error, size, failed_size)
             # The traceback that held the failed pass's tensors is gone only here, behind the except block.
-            failed_size = size
-            self._start_again(failed_size, message)
+            self._set_back()
+            if has_lost_loader:
+                logger.warning("%s; reading the window again with new processes", message)
+            else:
+                failed_size = size
+                self._make_smaller(failed_size, message)
 
-    def _start_again(self, failed_size: int, message: str) -> None:
+    def _count_lost_loader(self, error: Exception) -> None:
+        if not self.is_alone or self.num_lost_loaders >= _MOST_LOST_LOADERS:
+            raise LoaderLostError(f"loader processes were killed: {error}") from error
+        self.num_lost_loaders += 1
+
+    def _require_size_to_blame(self, error: Exception, size: int, failed_size: int | None) -> None:
+        """Raise unless a smaller micro-batch may help; `failed_size` is what failed before in this window."""
+        if classify_error(error) is ErrorKind.BUG:
+            if failed_size is not None:
+                error.add_note(f"in place of a micro-batch of {failed_size}, which ran out of memory")
+            raise error
+        message = first_line(error)
+        if not self.is_alone:
+            raise MicrobatchTooLargeError(size, message) from error
+        if size <= 1:
+            raise OutOfMemoryInTrainingError(
+                f"not even a single sample at a time fits any more: {message}. Give the trial more "
+                "memory (batch.memory_budget, batch.memory_fraction), or use a smaller input"
+            ) from error
+
+    def _set_back(self) -> None:
         self._model.zero_grad(set_to_none=True)
         self._memory.release()
         self._start.restore()
+
+    def _make_smaller(self, failed_size: int, message: str) -> None:
         self.num_rescues += 1
         self.plan = self.plan.with_limit(failed_size // 2)
         logger.warning(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,7 +13,7 @@ import pandas as pd
 from pandas.api.types import is_object_dtype
 
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.errors import BadInputError
+from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import load_events
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
@@ -32,7 +33,10 @@ class Column:
 COLUMNS = (
     Column("trial_id", "string", "", "the trial's id; ids sort in the sweep file's order"),
     Column(
-        "state", "string", "", "pending, probing, training, finished, stopped (by the scheduler) or failed"
+        "state",
+        "string",
+        "",
+        "pending, probing, training, interrupted, finished, stopped (by the scheduler) or failed",
     ),
     Column("error", "string", "", "why the trial failed, with the error's type; empty where it did not"),
     Column("effective_batch_size", "Int64", "samples", "behind one optimizer step, over all workers"),
@@ -47,6 +51,12 @@ COLUMNS = (
     Column("memory_budget_bytes", "Int64", "bytes", "what one worker was allowed to use of its device"),
     Column("peak_memory_bytes", "Int64", "bytes", "the most device memory in use at once while training"),
     Column("num_rescues", "Int64", "", "times memory ran out in training and a window was replayed smaller"),
+    Column(
+        "num_failures",
+        "Int64",
+        "",
+        "times a fault that was not its own ended it, and it went on from a checkpoint",
+    ),
     Column("samples_per_second", "float64", "samples/s", "trained in the last epoch, evaluation left out"),
     Column("data_wait_share", "float64", "", "share of that time in which the device waited for data"),
     Column("gpu_utilization", "float64", "", "share of that time in which kernels ran on the GPU"),
@@ -75,7 +85,6 @@ column per key (`model.type`); behind all of them the metrics, two columns each 
 `<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.`, `train.` and
 `memory.` keys."""
 
-_FIXED_NAMES = frozenset(column.name for column in COLUMNS)
 _IDENTITY = ("trial_id", "state", "error")
 _SCALAR_DTYPES = ((str, "string"), (bool, "boolean"), (int, "Int64"), (float, "Float64"))
 
@@ -85,7 +94,7 @@ class SweepResults:
 
     def __init__(self, run_directory: RunDirectory) -> None:
         self._directory = run_directory
-        run: Mapping[str, Any] = run_directory.load_sweep()["run"]
+        run: Mapping[str, Any] = self.sweep()["run"]
         self.metric: str = run["metric"]
         self.mode: Literal["min", "max"] = run["mode"]
 
@@ -100,21 +109,38 @@ class SweepResults:
         return self._directory.place
 
     def sweep(self) -> dict[str, Any]:
-        """Return the sweep as it was run, every default filled in."""
-        return self._directory.load_sweep()
+        """Return the sweep as it was run, every default filled in; raises RunDirectoryError if damaged."""
+        try:
+            sweep = self._directory.load_sweep()
+        except RecursionError:
+            sweep = {}
+        if fault := _sweep_fault(sweep):
+            raise RunDirectoryError(f"{self._directory.sweep_path} is damaged: {fault}")
+        return sweep
 
     def records(self) -> list[TrialRecord]:
-        """Return every trial as it stands now, in the sweep's order."""
+        """Return every trial as it stands now, in the sweep's order.
+
+        Raises RunDirectoryError where a trial's events cannot be read.
+        """
         self._directory.refresh()
-        return [
-            TrialRecord.from_events(trial_id, load_events(self._directory.trial_path(trial_id)))
-            for trial_id in self._directory.trial_ids()
-        ]
+        try:
+            return [
+                TrialRecord.from_events(trial_id, load_events(self._directory.trial_path(trial_id)))
+                for trial_id in self._directory.trial_ids()
+            ]
+        except OSError as error:
+            raise RunDirectoryError(f"cannot read {error.filename}: {error.strerror}") from None
 
     @property
     def num_failed(self) -> int:
         """How many trials failed."""
         return sum(record.state is TrialState.FAILED for record in self.records())
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many trials have not ended."""
+        return sum(not record.state.is_final for record in self.records())
 
     def frame(self) -> pd.DataFrame:
         """Return one row per trial, failed and pending ones included; the columns are `COLUMNS` and more."""
@@ -171,18 +197,21 @@ def build_frame(
 ) -> pd.DataFrame:
     """Return the frame of some trials: fixed columns, config keys, metrics."""
     fixed = [column.name for column in COLUMNS]
-    rows, metrics = [], {metric: None}  # dicts as ordered sets: every trial brings the same names again
-    config_columns = dict.fromkeys(_config_column(key) for key in config_keys)
+    records = list(records)
+    metrics = {metric: None}  # dicts as ordered sets: every trial brings the same names again
+    metrics |= {name: None for record in records for name in record.last if name not in PROGRESS_KEYS}
+    metric_columns = [f"{name}_{which}" for name in metrics for which in ("last", "best")]
+    taken = frozenset((*fixed, *metric_columns))
+    config_columns = dict.fromkeys(_config_column(key, taken) for key in config_keys)
+    rows = []
     for record in records:
-        config = {_config_column(key): value for key, value in _flatten(record.config).items()}
+        config = {_config_column(key, taken): value for key, value in _flatten(record.config).items()}
         config_columns |= dict.fromkeys(config)
         best = record.best(metric, mode)
         values: dict[str, float | None] = {}
         for name in (name for name in record.last if name not in PROGRESS_KEYS):
-            metrics[name] = None
             values |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}
         rows.append({**config, **values, **_fixed_values(record, best)})
-    metric_columns = [f"{name}_{which}" for name in metrics for which in ("last", "best")]
     settings = [key for key in config_columns if key.split(".")[0] in SECTION_NAMES]
     own = [key for key in config_columns if key.split(".")[0] not in SECTION_NAMES]
     columns = list(dict.fromkeys([*_IDENTITY, *own, *fixed, *metric_columns, *settings]))
@@ -209,7 +238,8 @@ def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     kinds = {type(value) for value in values if value is not None}
     for kind, dtype in _SCALAR_DTYPES:
         if kinds <= {kind}:
-            return pd.Series(values, index=column.index, dtype=cast("Any", dtype))
+            with contextlib.suppress(OverflowError):  # an integer of 64 bits without a sign
+                return pd.Series(values, index=column.index, dtype=cast("Any", dtype))
     texts = [None if value is None else json.dumps(value, default=str) for value in values]
     return pd.Series(texts, index=column.index, dtype="string")
 
@@ -231,7 +261,7 @@ def summary_rows(frame: pd.DataFrame, metric: str, keys: Iterable[str]) -> tuple
         ]
         cells += [row["num_samples"], row["optimizer_steps"], _short(row["samples_per_second"])]
         cells += [_short(row[f"{metric}_best"]), _first_line(row["error"])]
-        rows.append(["" if pd.isna(cell) else str(cell) for cell in cells])
+        rows.append(["" if _is_missing(cell) else str(cell) for cell in cells])
     headings = ["trial", *keys, "state", "E", "m", "k", "tries", "peak / budget", "samples", "steps"]
     headings += ["samples/s", f"{metric} (best)", "error"]
     if not any(row[-1] for row in rows):
@@ -246,6 +276,27 @@ def _short(value: Any) -> Any:
 def _first_line(text: str, width: int = 80) -> str:
     line = text.partition("\n")[0]
     return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def _sweep_fault(sweep: Any) -> str:
+    """Return what keeps a stored sweep from being shown; an empty string where nothing does."""
+    if not isinstance(sweep, dict):
+        return "it is no mapping"
+    for name in ("run", "grid_search", "config", *SECTION_NAMES):
+        if not isinstance(sweep.get(name), dict):
+            return f"{name} is no mapping"
+    if not isinstance(sweep["grid_search"].get("grid"), dict):
+        return "grid_search.grid is no mapping"
+    if not isinstance(sweep["run"].get("metric"), str):
+        return "run.metric is no text"
+    if sweep["run"].get("mode") not in ("min", "max"):
+        return "run.mode is neither min nor max"
+    return ""
+
+
+def _whole(value: float | None) -> int | None:
+    """Return a reported number as its column of integers can hold it: missing where it has a fraction."""
+    return int(value) if value is not None and abs(value) < 2**63 and value == int(value) else None
 
 
 def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, Any]:
@@ -266,24 +317,25 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
         "memory_budget_bytes": probe.budget_bytes if probe else (plan and plan.budget_bytes),
         "peak_memory_bytes": record.peak_memory_bytes,
         "num_rescues": record.num_rescues if plan else None,
+        "num_failures": record.num_failures,
         "samples_per_second": last.get("samples_per_second"),
         "data_wait_share": last.get("data_wait_share"),
         "gpu_utilization": last.get("gpu_utilization"),
         "tokens_per_second": last.get("tokens_per_second"),
         "padding_share": last.get("padding_share"),
-        "optimizer_steps": last.get("optimizer_steps"),
-        "num_samples": last.get("num_samples"),
+        "optimizer_steps": _whole(last.get("optimizer_steps")),
+        "num_samples": _whole(last.get("num_samples")),
         "learning_rate": last.get("learning_rate"),
         "gradient_noise_scale": last.get("gradient_noise_scale"),
-        "epochs": last.get("epoch"),
-        "best_epoch": best.get("epoch"),
+        "epochs": _whole(last.get("epoch")),
+        "best_epoch": _whole(best.get("epoch")),
         "epoch_seconds": last.get("epoch_seconds"),
     }
 
 
-def _config_column(key: str) -> str:
-    """Return the column of a config key; one that is also a fixed column gets the prefix `config.`."""
-    return f"config.{key}" if key in _FIXED_NAMES else key
+def _config_column(key: str, taken: Collection[str]) -> str:
+    """Return the column of a config key; one that is also a fixed or a metric's gets the prefix `config.`."""
+    return f"config.{key}" if key in taken else key
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

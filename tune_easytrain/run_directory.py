@@ -5,6 +5,8 @@
 | `sweep.json`        | driver, once                | the sweep with every default filled in          |
 | `task.pkl`          | driver, once                | `build_task`, pickled by value                  |
 | `train_function.pkl`| driver, once                | the user's own training function, if any        |
+| `origin.json`       | driver, once                | the files that the sweep was made from          |
+| `driver.lock`       | driver                      | who runs the sweep                              |
 | `trials/<id>.jsonl` | driver, one event a line    | everything that happened to a trial             |
 | `ray/`              | Ray Tune                    | its own state, and the trials' checkpoints      |
 
@@ -20,10 +22,12 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tune_easytrain.driver_lock import locked
 from tune_easytrain.errors import RunDirectoryError, StorageError
 from tune_easytrain.local_copy import copy_path, fetch, fetch_file, load_driver
 from tune_easytrain.ownership import require_own
@@ -166,6 +170,15 @@ class RunDirectory:
         return self.path / "train_function.pkl"
 
     @property
+    def origin_path(self) -> Path:
+        """The files that the sweep was made from; of use on this machine alone."""
+        return self.path / "origin.json"
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Be the only driver for the time inside; raises RunDirectoryError while another one is at work."""
+        return locked(self.path)
+
+    @property
     def trials_dir(self) -> Path:
         """The folder of the trials' event files."""
         return self.path / "trials"
@@ -206,8 +219,7 @@ class RunDirectory:
 
         Of what lies in an object store, the store's own rights decide who can change it.
         """
-        folders = [self.path, *filter(Path.is_dir, [self.ray_dir])]
-        require_own([*folders, *(file for folder in folders for file in folder.iterdir() if file.is_file())])
+        require_own([self.path])
 
     def load_functions(self) -> tuple[bytes | None, bytes | None]:
         """Return the pickled `build_task` and training function, None for what the sweep has not."""

@@ -13,6 +13,9 @@ from tune_easytrain.errors import BadInputError
 from tune_easytrain.grid import BATCH_SIZE_KEY, MODEL_KEY, Distribution, GridSearchConfig
 from tune_easytrain.trial_space import POINT_KEY, SECTION_NAMES, TrialSpace
 
+MAX_POINTS = 1_000_000
+"""Grid points that are listed; a few short lists can mean more than memory holds."""
+
 
 @dataclass(frozen=True)
 class PairingPlan:
@@ -109,9 +112,17 @@ def grid_points(config: SweepConfig, max_experiments: int | None = None) -> list
     key. A grid without listed values has one point, `()`. Where the points are chosen, all of them stay.
 
     Raises:
-        BadInputError: `max_experiments`, the number of points to keep, is not an integer of at least 1.
+        BadInputError: `max_experiments`, the number of points to keep, is not an integer of at least 1, or
+            more than `MAX_POINTS` would be kept.
     """
     _check_cut(max_experiments)
+    kept = None if is_chosen(config) else max_experiments
+    number = num_grid_points(config)
+    if min(number, kept or number) > MAX_POINTS:
+        remedy = "shorten its lists" if is_chosen(config) else "shorten its lists, or use --max-experiments"
+        raise BadInputError(
+            f"the grid has {number:,} points, and no more than {MAX_POINTS:,} are listed; {remedy}"
+        )
     return list(itertools.islice(_points(config), None if is_chosen(config) else max_experiments))
 
 

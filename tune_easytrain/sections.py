@@ -48,7 +48,7 @@ def parse_bytes(value: Any) -> int:
     """Return the bytes meant by a size such as `24GiB`, `1.5 GB` or a whole number of bytes.
 
     Raises:
-        PydanticCustomError: it is no size, or less than one byte.
+        PydanticCustomError: it is no size, less than one byte, or 8 EiB or more.
     """
     remedy = f"write a size such as 24GiB (units: {', '.join(_BYTE_UNITS)}) or a whole number of bytes"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -57,9 +57,11 @@ def parse_bytes(value: Any) -> int:
         match = _SIZE.match(value) if isinstance(value, str) else None
         if match is None or match[2] not in _BYTE_UNITS:
             raise fail(f"{show_value(value)} is not a size", remedy)
-        num_bytes = round(float(match[1]) * _BYTE_UNITS[match[2]])
+        num_bytes = round(min(float(match[1]) * _BYTE_UNITS[match[2]], 2.0**63))
     if num_bytes < 1:
         raise fail(f"{show_value(value)} is less than one byte", remedy)
+    if num_bytes >= 2**63:
+        raise fail(f"{show_value(value)} is more than any memory", remedy)
     return num_bytes
 
 
@@ -260,6 +262,15 @@ class TrialConfig(Section):
 
     num_workers: PositiveInt = 1
     """Workers that train one trial together, each on resources of its own."""
+
+    max_failures: Annotated[int, Ge(-1)] = 3
+    """Faults of the infrastructure after which a trial goes on from its newest checkpoint; -1: any number."""
+
+    timeout: PositiveFloat | None = None
+    """Seconds that training may go without a report before it counts as hung; default: for ever."""
+
+    grace: PositiveFloat = 30.0
+    """Seconds that a trial told to end (SIGTERM, Ctrl-C) has to store a checkpoint."""
 
     @field_validator("num_workers")
     @classmethod

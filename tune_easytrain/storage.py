@@ -34,9 +34,12 @@ class Storage:
 
     @classmethod
     def at(cls, place: str | Path) -> Storage:
-        """Return the storage at a path or URL; raises StorageError for a URL that cannot be used."""
+        """Return the storage at a path or URL; raises StorageError for one that cannot be used."""
         if isinstance(place, Path) or not is_url(place):
-            return cls(str(Path(place).expanduser().resolve()))
+            try:
+                return cls(str(Path(place).expanduser().resolve()))
+            except (ValueError, RuntimeError) as error:  # a zero byte, a user whom nobody knows
+                raise StorageError(f"{str(place)!r} is no path: {error}", "give another folder") from None
         url = StorageUrl.parse(place)
         return cls(str(url), url.with_environment())
 

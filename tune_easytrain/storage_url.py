@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from tune_easytrain.errors import StorageError, did_you_mean
+from tune_easytrain.plain_text import printable
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """What `pyarrow.fs` can open; of these s3 is tested."""
@@ -64,7 +65,10 @@ class StorageUrl:
             ) from None
         parameters = tuple(parse_qsl(parts.query, keep_blank_values=True))
         _refuse_secrets(scheme, parts.netloc, parameters)
-        names = [name for name in unquote(parts.path).split("/") if name]
+        path = unquote(parts.path)
+        if printable(path) != path or {"\n", "\t"} & set(path):
+            raise StorageError(f"a URL of {scheme}:// has control characters", "remove them")
+        names = [name for name in path.split("/") if name]
         url = cls(scheme, parts.netloc, "/".join(names), parameters)
         if not parts.netloc and scheme not in ("hdfs", "viewfs"):
             raise StorageError(f"{url} names no bucket", f"write {scheme}://bucket/folder")

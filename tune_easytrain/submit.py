@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.credentials import has_password, has_user, is_secret_name
 from tune_easytrain.errors import BadInputError
 from tune_easytrain.jobs import FILE_KEY, STOP_SECONDS
 from tune_easytrain.jobs_client import asking, connect
 from tune_easytrain.packed_folder import NEVER_PACKED, PackedFolder
-from tune_easytrain.storage_url import is_url
+from tune_easytrain.storage_url import StorageUrl, is_url
 from tune_easytrain.task_source import find_file
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def submit(
         resume: a run directory on the cluster with which to go on, in place of a new one.
         working_dir: the folder that travels; default: the sweep file's project root.
         pip: requirements that every node installs for the job.
-        env: environment variables of the job and of its trials.
+        env: environment variables of the job and of its trials; no secrets, since a cluster shows them.
         say: takes the lines that tell where things go.
 
     Raises:
@@ -73,6 +74,9 @@ def submit(
         BadInputError: the address, the folder (too big, or without what the sweep names), the options.
     """
     config = load_config(file, overrides=overrides)
+    _refuse_secrets(env or {}, pip)
+    if resume is not None and is_url(resume):
+        StorageUrl.parse(resume)
     if resume is not None and (overrides or max_experiments is not None):
         raise BadInputError(
             "--resume goes on with the sweep as it was; leave --set and --max-experiments out"
@@ -128,9 +132,25 @@ def submit_command(
 
     Raises BadInputError where nothing answers at the address, or it refuses.
     """
+    _refuse_secrets(env or {})
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | dict(env or {})
     entrypoint = shlex.join(command)
     return _send(connect(address), entrypoint, name, entrypoint, {"env_vars": variables})
+
+
+def _refuse_secrets(env: Mapping[str, str], pip: Sequence[str] = ()) -> None:
+    """Raise BadInputError for secrets, which everybody could read with whom the cluster shares its jobs."""
+    for name, value in env.items():
+        if is_secret_name(name) or has_password(value):
+            raise BadInputError(
+                f"--env {name}: holds a secret, and a cluster shows the variables of its jobs; set it on the "
+                "nodes, where only their users can read it"
+            )
+    if any(map(has_user, pip)):
+        raise BadInputError(
+            "--pip: a requirement holds a password or a token, and a cluster shows what its jobs install; "
+            "name the package alone, and set the index on the nodes (pip.conf, ~/.netrc)"
+        )
 
 
 def _send(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ import ray
 from ray import tune
 from rich.console import Console
 
+from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.child_process import modules_to_preload, start_forkserver
 from tune_easytrain.cluster import beside_driver, check_local_gpu, placement, ray_session
 from tune_easytrain.config import SweepConfig, load_config
-from tune_easytrain.errors import InsufficientResourcesError, StorageLostError
-from tune_easytrain.events import Created, load_events
+from tune_easytrain.errors import InsufficientResourcesError, RunDirectoryError, StorageLostError
+from tune_easytrain.events import Created, append_events, load_events
+from tune_easytrain.interruption import Interruption
 from tune_easytrain.mirror import Mirror, mirrored
 from tune_easytrain.optional_packages import check_packages
+from tune_easytrain.origin import Origin
 from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.pending_watch import PendingWatch
 from tune_easytrain.preflight import prepare_cluster
 from tune_easytrain.probe_cache import ProbeEvidence, evidence_in
-from tune_easytrain.progress import Progress, say_lines
-from tune_easytrain.ray_snapshot import StoredCheckpoints, is_whole
+from tune_easytrain.progress import Progress, say_line, say_lines
+from tune_easytrain.ray_snapshot import is_whole
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
@@ -42,13 +46,11 @@ from tune_easytrain.search_space import (
 from tune_easytrain.storage import Storage
 from tune_easytrain.sweep_hub import start_sweep_hub
 from tune_easytrain.sweep_plan import build_plan
-from tune_easytrain.sweep_trial import CHECKPOINT_NAME, SweepShared, SweepTrial, trial_name
+from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
-from tune_easytrain.trial_record import TrialRecord, TrialState
+from tune_easytrain.trial_record import TrialRecord
 from tune_easytrain.trial_request import TrialRequests
-
-_BEGUN = (TrialState.PROBING, TrialState.TRAINING)
 
 
 def run(
@@ -104,9 +106,15 @@ def run(
         with written_by_nobody_else():
             directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
-        with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
-            recorder = SweepRecorder(directory, records, progress.watch, mirror=mirror)
+        with (
+            directory.locked(),
+            _mirrored(directory, console) as mirror,
+            _display(config, records, console) as progress,
+        ):
+            say = partial(say_line, console)
+            recorder = SweepRecorder(directory, records, progress.watch, mirror=mirror, say=say)
             run_trials_inline(config, task, function, recorder, max_experiments)
+            recorder.finish()
         return SweepResults(directory)
     with written_by_nobody_else(), ray_session(address, config.run.working_dir):
         requests = prepare_cluster(config, task, max_experiments, console)
@@ -114,24 +122,30 @@ def run(
         say_lines(
             console, [f"Run directory: {directory.place}", f"If interrupted: {directory.resume_command}"]
         )
-        _fit(config, directory, (task, function), requests, max_experiments, console)
+        with directory.locked():
+            _fit(config, directory, (task, function), requests, max_experiments, console)
     return SweepResults(directory)
 
 
 def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = False) -> SweepResults:
-    """Go on with a sweep whose driver died; trials that had ended are neither run again nor changed.
+    """Go on with a sweep that was interrupted; trials that had ended are neither run again nor changed.
 
-    Raises RunDirectoryError where the folder is no run directory, or another user could have changed what is
-    stored there, BadInputError as `run` does.
+    Raises RunDirectoryError where the folder is no run directory, its driver is alive, or another user could
+    have changed what is stored there, BadInputError as `run` does.
     """
     directory = RunDirectory.open(run_dir)
-    sweep = directory.load_sweep()
+    directory.require_own()
+    with directory.locked():
+        return _resume(directory, address, Console(stderr=True, quiet=quiet))
+
+
+def _resume(directory: RunDirectory, address: str | None, console: Console) -> SweepResults:
+    sweep = SweepResults(directory).sweep()
+    say_lines(console, Origin.load(directory.origin_path).describe_changes(sweep))
     sweep["run"]["storage"] = directory.base  # it may have moved
     config = load_config(sweep)
     check_packages(config)
     max_experiments = max(1, len(list(directory.trial_ids())) // num_repeats(config))
-    console = Console(stderr=True, quiet=quiet)
-    directory.require_own()
     functions = directory.load_functions()
     if functions[0] is not None:
         start_forkserver(modules_to_preload(*functions))  # imports torch while Ray starts
@@ -155,11 +169,17 @@ def _create(
 ) -> RunDirectory:
     """Make the run directory, with an event file for every trial there will be."""
     directory = RunDirectory.create(config.run.storage, config.name)
-    directory.save_sweep(config.resolved())
-    directory.save_functions(task, function)
-    recorder = SweepRecorder(directory, {})
-    for index, known in enumerate(known_configs(config, max_experiments)):
-        recorder.record(trial_id(index), Created(config=known))
+    try:
+        directory.save_sweep(config.resolved())
+        directory.save_functions(task, function)
+        Origin.of(config).save(directory.origin_path)
+        for index, known in enumerate(known_configs(config, max_experiments)):
+            append_events(directory.trial_path(trial_id(index)), [Created(config=known)])
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run.storage: cannot write to {directory.path}: {error.strerror or error}; make room, or choose "
+            "another folder"
+        ) from None
     return directory
 
 
@@ -186,16 +206,22 @@ def _fit(
     ray_path, filesystem = directory.ray_place
     hub = start_sweep_hub(evidence, beside_driver())
     with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
-        pending = PendingWatch(requests.all)
-        on_failure, on_step = hub.release.remote, pending.look
-        recorder = SweepRecorder(directory, records, progress.watch, on_failure, on_step, mirror)
+        pending, say = PendingWatch(requests.all), partial(say_line, console)
+
+        def on_step(trials: Sequence[Any]) -> None:
+            pending.look(trials)
+            interruption.look()
+
+        recorder = SweepRecorder(directory, records, progress.watch, hub.release.remote, on_step, mirror, say)
+        interruption = Interruption(hub, config.trial.grace, recorder.num_to_wait_for, say)
+        recorder.interrupt_running("the driver is gone")  # the one before, of which these trials were
         recorder.listen_to(hub)
         SweepCallback.recorders[directory.key] = recorder
         try:
             # Not of a new sweep, nor of one whose driver died before Ray had saved it as a whole.
             is_restorable = tune.Tuner.can_restore(ray_path, filesystem) and is_whole(ray_path, filesystem)
-            begun = {} if is_restorable else {n: r.config for n, r in records.items() if r.state in _BEGUN}
-            checkpoints = StoredCheckpoints.find(ray_path, filesystem, begun, CHECKPOINT_NAME)
+            begun = {} if is_restorable else {n: r.config for n, r in records.items() if r.has_begun}
+            checkpoints = CheckpointStore(ray_path, filesystem)
             ended = {name: dict(record.last) for name, record in records.items() if record.state.is_final}
             trainable = _trainable(config, functions, requests, hub, ended, begun, checkpoints)
             if is_restorable:
@@ -204,7 +230,8 @@ def _fit(
                 )
             else:
                 tuner = _new_tuner(config, directory, trainable, max_experiments)
-            tuner.fit()
+            with interruption.watched():
+                tuner.fit()
         except InsufficientResourcesError as error:
             raise InsufficientResourcesError(
                 f"{error}. What has ended is kept: {directory.resume_command}"
@@ -215,9 +242,11 @@ def _fit(
                 raise
             raise StorageLostError(directory.place, str(directory.path), reason) from error
         finally:
-            recorder.finish()
             del SweepCallback.recorders[directory.key]
-            ray.kill(hub)
+            try:
+                recorder.finish()
+            finally:
+                ray.kill(hub)
 
 
 def _storage_failure(error: OSError | tune.TuneError) -> str | None:
@@ -235,7 +264,7 @@ def _trainable(
     hub: Any,
     ended: Mapping[str, Mapping[str, float]],
     begun: Mapping[str, dict[str, Any]],
-    checkpoints: StoredCheckpoints,
+    checkpoints: CheckpointStore,
 ) -> Any:
     task, function = functions
     space = build_trial_space(config)
@@ -252,6 +281,8 @@ def _trainable(
         begun=begun,
         checkpoints=checkpoints,
         preloaded_modules=modules_to_preload(task, function),
+        timeout_seconds=config.trial.timeout,
+        grace_seconds=config.trial.grace,
     )
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, shared=shared),
@@ -288,6 +319,7 @@ def _new_tuner(
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=num_checkpoints_kept(config), checkpoint_at_end=False
             ),
+            failure_config=tune.FailureConfig(max_failures=config.trial.max_failures),
             verbose=0,
         ),
     )

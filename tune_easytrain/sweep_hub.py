@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 import uuid
@@ -13,6 +14,9 @@ import ray
 from tune_easytrain.events import Event
 from tune_easytrain.probe_cache import ProbeEvidence
 from tune_easytrain.shared_probe_cache import ProbeLeases
+
+_MOST_CALLS = 100_000
+"""Calls at a time: every trial has one that waits for the end."""
 
 _MOMENT_SECONDS = 0.05
 """How long an event waits for others to be sent with it."""
@@ -27,6 +31,24 @@ class SweepHub(ProbeLeases):
     def __init__(self, evidence: Sequence[ProbeEvidence] = ()) -> None:
         super().__init__(evidence)
         self._events: list[tuple[str, Event]] = []
+        self._has_been_interrupted = asyncio.Event()
+        self._has_ended = asyncio.Event()
+
+    async def interrupt(self) -> None:
+        """Tell all trials that the sweep was interrupted."""
+        self._has_been_interrupted.set()
+
+    async def interruption(self) -> None:
+        """Return when the sweep was interrupted."""
+        await self._has_been_interrupted.wait()
+
+    async def conclude(self) -> None:
+        """Tell all trials that nobody looks for their results any more."""
+        self._has_ended.set()
+
+    async def end(self) -> None:
+        """Return when nobody looks for results any more."""
+        await self._has_ended.wait()
 
     async def tell(self, events: Sequence[tuple[str, Event]]) -> None:
         """Take events, each with its trial's id."""
@@ -45,7 +67,8 @@ def start_sweep_hub(evidence: Sequence[ProbeEvidence], options: Mapping[str, Any
     """
     actor: Any = ray.remote(SweepHub)
     name = f"tune_easytrain_sweep_hub_{uuid.uuid4().hex}"
-    return actor.options(name=name, **(options or {"num_cpus": 0})).remote(evidence)
+    options = {"max_concurrency": _MOST_CALLS, **(options or {"num_cpus": 0})}
+    return actor.options(name=name, **options).remote(evidence)
 
 
 class EventSender:

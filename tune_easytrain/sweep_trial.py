@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.train._internal.session import _TrainingResult
 
+from tune_easytrain.checkpoint_store import CHECKPOINT_NAME, CheckpointStore
 from tune_easytrain.child_process import start_forkserver
 from tune_easytrain.cluster import trials_per_node
-from tune_easytrain.errors import WorkerLostError
+from tune_easytrain.errors import ChildDiedError
+from tune_easytrain.events import CheckpointLost, Event, Interrupted
 from tune_easytrain.function_child import FunctionChild
 from tune_easytrain.protocol import Opening, Report
-from tune_easytrain.ray_snapshot import StoredCheckpoints
 from tune_easytrain.run_directory import trial_id
+from tune_easytrain.scratch import ScratchFolder
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
 from tune_easytrain.sweep_hub import EventSender
 from tune_easytrain.trial import TrialSpec, run_trial
-from tune_easytrain.trial_children import TrialProcesses
+from tune_easytrain.trial_children import TrialChildren, TrialProcesses
 from tune_easytrain.trial_space import TrialSpace
 from tune_easytrain.worker_actor import WorkerActors
 from tune_easytrain.workers import WorkerProcesses
@@ -38,11 +46,13 @@ TRAINING_ENDED = "training_ended"
 TIME = "epoch"
 """What schedulers go by: the metric that counts a trial's reports."""
 
-CHECKPOINT_NAME = "checkpoint.pt"
-"""The file in each of the folders that Ray stores as a checkpoint."""
-
 _WRITER_NAME = "written_by"
 """The file beside a stored checkpoint with the id of its trial; a scheduler may hand it to another one."""
+
+_STORAGE_PATIENCE_SECONDS = 60.0
+"""How long a trial that begins, or has ended, waits for a storage that is not there."""
+
+_STORAGE_PAUSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class SweepShared:
     `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
     `hub` is the handle of the sweep's `SweepHub`.
     Of trials that have begun, but not as far as Ray knows, `begun` holds the configs, with the values drawn
-    for them, and `checkpoints` the files.
+    for them. `checkpoints` is the folder, and the file system, with a folder of checkpoints for every trial.
+    `timeout_seconds` and `grace_seconds` are those of a `TrialSpec`.
     """
 
     sweep_name: str
@@ -67,8 +78,10 @@ class SweepShared:
     hub: Any
     ended: Mapping[str, Mapping[str, float]]
     begun: Mapping[str, dict[str, Any]]
-    checkpoints: StoredCheckpoints
+    checkpoints: CheckpointStore
     preloaded_modules: tuple[str, ...]
+    timeout_seconds: float | None
+    grace_seconds: float
 
 
 class SweepTrial(tune.Trainable):
@@ -78,7 +91,8 @@ class SweepTrial(tune.Trainable):
         """Get ready for the first trial; nothing of it is started before the first step."""
         assert shared is not None
         self._shared = shared
-        self._dir = Path(tempfile.mkdtemp(prefix="tune_easytrain_trial_"))
+        os.umask(os.umask(0o022) | 0o022)  # what others could write `resume` would refuse
+        self._scratch = ScratchFolder()
         self._reports: Iterator[Report] | None = None
         self._last_metrics: dict[str, float] = {}
         # Ray gives a reused actor only trials that ask for the same.
@@ -94,7 +108,27 @@ class SweepTrial(tune.Trainable):
         self._share = min(1.0, bundle.get("GPU", 0.0)) or 1.0 / trials_per_node(bundle, node_id)
         self._events = EventSender(shared.hub)
         self._first_name = self.trial_name
+        self._processes: TrialProcesses | None = None
         self._set_trial(config)
+        self._is_interrupted = False
+        threading.Thread(target=self._wait_for_interruption, daemon=True).start()
+        self._ray_on_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _wait_for_interruption(self) -> None:
+        """Tell the trial at hand to end when the sweep is interrupted."""
+        with contextlib.suppress(RayError):  # the sweep is over
+            ray.get(self._shared.hub.interruption.remote())
+            self._is_interrupted = True
+            if self._processes is not None:
+                self._processes.terminate()
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Give the trial its time before this process ends, as a machine that is taken back wants it to."""
+        if self._processes is not None:
+            self._processes.terminate(self._shared.grace_seconds)
+        if callable(self._ray_on_sigterm):
+            self._ray_on_sigterm(number, frame)
+        raise SystemExit(128 + number)
 
     def __repr__(self) -> str:
         """Return what Ray's dashboard calls this actor; it asks once, before the first of its trials."""
@@ -110,13 +144,14 @@ class SweepTrial(tune.Trainable):
 
     def _set_trial(self, config: dict[str, Any]) -> None:
         self._config = config
+        self._is_over = False
         self._known_config: dict[str, Any] | None = None
         self._is_resumed = False
         self._writer = self._cloned_from = ""
 
     @property
     def _checkpoint(self) -> Path:
-        return self._dir / CHECKPOINT_NAME
+        return self._scratch.path / CHECKPOINT_NAME
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report of the trial's child process and hand it to Ray.
@@ -126,17 +161,20 @@ class SweepTrial(tune.Trainable):
         """
         name = self.trial_name
         if name in self._shared.ended:  # Ray's own record of it was older than ours
-            return self._end_result(self._shared.ended[name])
+            return self._end_result(self._seen_by_ray(self._shared.ended[name]))
+        if self._is_interrupted:
+            return self._wait_for_end()
         if self._reports is None:
-            if not self._is_resumed and name in self._shared.begun:
-                self._known_config = self._shared.begun[name]
-                self._is_resumed = self._shared.checkpoints.fetch(name, self._checkpoint)
-                self._writer = name
+            self._known_config = None if self._cloned_from else self._shared.begun.get(name)
+            self._take_newest_checkpoint()
             self._reports = self._run()
         try:
             report = next(self._reports, None)
-        except (RayError, WorkerLostError):  # this actor cannot go on to another trial either
+        except (RayError, ChildDiedError):  # no fault of the trial's own: Ray has it tried again
+            self._reports = None
             self._events.settle()
+            if self._is_interrupted:
+                return self._wait_for_end()
             raise
         except Exception:  # noqa: BLE001 -- told in the trial's events, with its traceback
             self._reports = None
@@ -144,17 +182,52 @@ class SweepTrial(tune.Trainable):
             return self._end_result({**self._last_metrics, self._shared.metric: float("nan")})
         if report is None:
             return self._end_result(self._last_metrics) | {TRAINING_ENDED: True}
-        self._last_metrics = report.metrics
+        self._last_metrics = self._seen_by_ray(report.metrics)
         has_checkpoint = report.checkpoint_path is not None
         if report.checkpoint_path is not None:
             shutil.move(report.checkpoint_path, self._checkpoint)
             self._writer = self.trial_name
-        result = {**report.metrics, "done": report.is_final, "should_checkpoint": has_checkpoint}
+        self._is_over = report.is_final
+        result = {**self._last_metrics, "done": report.is_final, "should_checkpoint": has_checkpoint}
         if report.is_final:
             self._end_trial()
             return {**result, TRAINING_ENDED: True}
         self._events.settle()  # a scheduler may end the trial now, and Ray this process
         return result
+
+    def _take_newest_checkpoint(self) -> None:
+        """Go on from the newest stored checkpoint that is whole, unless the scheduler gave it another's.
+
+        What Ray gives is the newest that it knows of; the trial may have stored one since, on its own, and
+        the upload of what Ray knows may have been cut off.
+        """
+        if self._cloned_from:
+            return
+        self._checkpoint.unlink(missing_ok=True)
+        deadline = time.monotonic() + _STORAGE_PATIENCE_SECONDS
+        while not self._shared.checkpoints.is_there():
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENOENT, "the sweep's storage is gone", self._shared.checkpoints.folder)
+            time.sleep(_STORAGE_PAUSE_SECONDS)
+        self._is_resumed = self._store.fetch_newest(self._checkpoint)
+        self._writer = self.trial_name
+
+    @property
+    def _store(self) -> CheckpointStore:
+        place = self._shared.checkpoints
+        return replace(place, folder=f"{place.folder}/{self.trial_name}")
+
+    def _wait_for_end(self) -> dict[str, Any]:
+        """Wait until Ray Tune has stopped looking for results, so that the trial counts as running."""
+        ray.get(self._shared.hub.end.remote())
+        return self._end_result(self._last_metrics)
+
+    def _seen_by_ray(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics that schedulers read; the others are in the trial's events.
+
+        Of each that it is told Ray Tune keeps statistics as long as the sweep lasts, a kilobyte and more.
+        """
+        return {name: metrics[name] for name in (TIME, self._shared.metric) if name in metrics}
 
     def _end_result(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return a result that ends the trial, with what schedulers read from every one."""
@@ -165,15 +238,44 @@ class SweepTrial(tune.Trainable):
         cache = SharedProbeCache(
             self._shared.hub, name, attempt_timeout_seconds=spec.settings.probe_timeout_seconds
         )
-        return run_trial(spec, partial(self._events.send, name), cache, self._processes(spec))
+        return run_trial(spec, partial(self._tell, name), cache, partial(self._start, spec))
 
-    def _processes(self, spec: TrialSpec) -> Callable[[Opening], TrialProcesses] | None:
-        """Return what starts the trial's processes; None: children of this one, ended with the trial."""
+    def _tell(self, name: str, event: Event) -> None:
+        if isinstance(event, Interrupted) and self._is_interrupted:
+            event = Interrupted(reason="the sweep was interrupted", is_failure=False, details=event.details)
+        self._events.send(name, event)
+
+    def _start(self, spec: TrialSpec, opening: Opening) -> TrialProcesses:
+        """Start the trial's processes, or have the child that is kept take it over."""
+        processes: TrialProcesses
         if len(self._bundles) > 1:
-            return lambda opening: WorkerProcesses(opening, self._actors)
-        if spec.task_payload is None and spec.device == "cpu":
-            return self._function_child.begin
-        return None
+            processes = WorkerProcesses(opening, self._actors)
+        elif spec.task_payload is None and spec.device == "cpu":
+            processes = self._function_child.begin(opening)
+        else:
+            processes = TrialChildren(opening, spec.preloaded_modules)
+        self._processes = processes
+        if self._is_interrupted:
+            processes.terminate()
+        return processes
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Have Ray store the last checkpoint; a storage that does not take it costs this one, not the trial.
+
+        After the last report there is no next one, so that is worth waiting for.
+        """
+        deadline = time.monotonic() + (_STORAGE_PATIENCE_SECONDS if self._is_over else 0.0)
+        while True:
+            try:
+                return super().save(checkpoint_dir)
+            except (OSError, RuntimeError) as error:  # the latter where Ray does not find its own files there
+                if time.monotonic() < deadline:
+                    time.sleep(_STORAGE_PAUSE_SECONDS)
+                    continue
+                why = (isinstance(error, OSError) and error.strerror) or "the sweep's folder is not there"
+                reason = f"cannot write to {self._store.folder}: {why}"
+            self._events.send(self.trial_name, CheckpointLost(reason=reason))
+            return _TrainingResult(checkpoint=None, metrics={})
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the trial's last checkpoint to where Ray stores it."""
@@ -182,13 +284,13 @@ class SweepTrial(tune.Trainable):
             (Path(checkpoint_dir) / _WRITER_NAME).write_text(self._writer)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Take a checkpoint that Ray stored, of this trial or of a better one; the child goes on from it."""
-        stored = Path(checkpoint) / CHECKPOINT_NAME
-        if stored.is_file():
+        """Take a better trial's checkpoint that Ray stored; those of its own it looks up when it starts."""
+        stored, writer = Path(checkpoint) / CHECKPOINT_NAME, Path(checkpoint) / _WRITER_NAME
+        if not stored.is_file() or not writer.is_file():  # an upload that was cut off
+            return
+        if (name := writer.read_text()) != self.trial_name:
             shutil.copy2(stored, self._checkpoint)
-            self._is_resumed = True
-            self._writer = (Path(checkpoint) / _WRITER_NAME).read_text()
-            self._cloned_from = "" if self._writer == self.trial_name else self._writer
+            self._is_resumed, self._writer, self._cloned_from = True, name, name
 
     def cleanup(self) -> None:
         """End the child and remove what is local."""
@@ -197,7 +299,7 @@ class SweepTrial(tune.Trainable):
             self._events.settle()
         self._actors.kill()
         self._function_child.kill()
-        shutil.rmtree(self._dir, ignore_errors=True)
+        self._scratch.remove()
 
     def _end_trial(self) -> None:
         if self._reports is not None:
@@ -223,6 +325,10 @@ class SweepTrial(tune.Trainable):
             checkpoint_path=str(self._checkpoint) if self._is_resumed else None,
             preloaded_modules=shared.preloaded_modules,
             cloned_from=self._cloned_from,
+            timeout_seconds=shared.timeout_seconds,
+            grace_seconds=shared.grace_seconds,
+            store=self._store,
+            scratch_parent=str(self._scratch.path),
         )
 
 

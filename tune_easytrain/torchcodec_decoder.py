@@ -73,7 +73,7 @@ def decode_clip(
         sample_indices, num_frames=num_frames, sampling=sampling, stride=stride, random_start=random_start
     )
     state = torch.get_rng_state() if random_start else None
-    clip = _decode(str(path), choose)
+    clip = _decode(os.path.abspath(path), choose)
     if clip is not None:
         return clip
     if state is not None:  # a start may have been drawn
@@ -132,12 +132,14 @@ def _find_regular_stream(path: str, num_bytes: int, changed_ns: int) -> _Regular
             codec, kinds = stream.codec_context, container.format.name.split(",")
             rate, entries = stream.average_rate, stream.index_entries
             if (
-                not ("mp4" in kinds or ("avi" in kinds and not codec.has_b_frames))
+                codec is None
+                or not ("mp4" in kinds or ("avi" in kinds and not codec.has_b_frames))
                 or codec.name not in CODECS
                 or codec.pix_fmt not in _PIXEL_FORMATS
                 or stream.width % 2
                 or stream.height % 2
                 or not rate
+                or not stream.time_base
                 or len(entries) < 2
             ):
                 return None

@@ -15,6 +15,7 @@ from tune_easytrain.length_batches import measure_lengths
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.random_state import get_random_state, sample_seed, seed_everything, set_random_state
 from tune_easytrain.task import Batch, Task
+from tune_easytrain.termination import EndRequested
 from tune_easytrain.training_budget import num_full_windows
 from tune_easytrain.trial_context import TrialContext
 from tune_easytrain.window_steps import WindowSteps, require_finite
@@ -31,21 +32,24 @@ class Progress:
     num_rescues: int = 0
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """One pass over the training set: its mean loss, how long it took, and how long it waited for data.
+@dataclass
+class EpochPart:
+    """One pass over the training set, as far as it has come.
 
+    `num_windows` counts those trained on, `samples_left` the samples of the budget when the epoch began.
     `num_tokens` counts all workers' tokens without padding, `num_padded_tokens` this worker's with it; both
     are 0 where the task knows no lengths.
     """
 
-    train_loss: float
-    num_samples: int
-    train_seconds: float
-    wait_seconds: float
-    num_tokens: int
-    num_padded_tokens: int
-    gpu_utilization: float | None
+    samples_left: int
+    num_windows: int = 0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    num_samples: int = 0
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    num_tokens: int = 0
+    num_padded_tokens: int = 0
 
 
 def checkpoint_microbatch_limit(checkpoint: Mapping[str, Any]) -> int:
@@ -59,7 +63,8 @@ def train(config: dict[str, Any], trial: TrialContext) -> None:
 
     Every optimizer step sees exactly the effective batch size (the last of an epoch what is left). Where
     memory runs out in a window, it is computed again with smaller micro-batches. In a long training the
-    first windows show which number of micro-batches is fastest. A checkpoint is reported with every epoch.
+    first windows show which number of micro-batches is fastest. A checkpoint is reported with every epoch,
+    and one is stored in the middle of an epoch when the trial is told to end.
 
     Raises NonFiniteLossError when a loss is NaN or infinite, OutOfMemoryInTrainingError when not even one
     sample fits any more or memory runs out inside the optimizer's step, and whatever the task raises.
@@ -72,7 +77,7 @@ def train(config: dict[str, Any], trial: TrialContext) -> None:
     reason = ""
     if checkpoint is not None:
         run.restore(checkpoint)
-        reason = run.reason_to_end()
+        reason = "" if run.is_in_epoch else run.reason_to_end()
         if reason:  # the last epoch was saved, but its report may not have arrived
             trial.report(checkpoint["metrics"], is_final=True, reason=reason)
     while not reason:
@@ -92,6 +97,7 @@ class _Run:
         self._evaluation = self._validation(plan.microbatch_limit)
         self._utilization = GpuUtilization(trial.device)
         self._progress = Progress()
+        self._part: EpochPart | None = None
         self._draw_apart()
         self._time_plans()
 
@@ -160,14 +166,21 @@ class _Run:
 
         The last one may end inside the training set, where the budget does.
         """
-        start = time.perf_counter()
         steps, progress = self._steps, self._progress
-        result = self._train_epoch()
-        metrics = {"train_loss": result.train_loss}
-        if self._evaluation is not None:
-            metrics |= self._evaluation.run()
-            require_finite("validation loss", metrics["val_loss"], steps.num_steps)
-        sums = self._ranks.sum([steps.rescue.num_rescues, result.num_padded_tokens])
+        part = self._part = self._part or EpochPart(self._samples_left())
+        try:
+            self._train_rest(part)
+            start = time.perf_counter()
+            metrics = {"train_loss": part.loss_sum / part.weight_sum}
+            if self._evaluation is not None:
+                metrics |= self._evaluation.run()
+                require_finite("validation loss", metrics["val_loss"], steps.num_steps)
+        except EndRequested:
+            progress.num_rescues = steps.rescue.num_rescues
+            self._trial.end(self.state())
+        self._part = None
+        progress.num_samples += part.num_samples
+        sums = self._ranks.sum([steps.rescue.num_rescues, part.num_padded_tokens])
         progress.num_rescues, num_padded_tokens = map(round, sums)
         progress.epoch += 1
         value = metrics[self._settings.metric]
@@ -180,16 +193,16 @@ class _Run:
             "num_samples": progress.num_samples,
             "num_rescues": progress.num_rescues,
             "learning_rate": steps.learning_rate,
-            "samples_per_second": result.num_samples / result.train_seconds,
-            "data_wait_share": result.wait_seconds / result.train_seconds,
-            "epoch_seconds": time.perf_counter() - start,
+            "samples_per_second": part.num_samples / part.train_seconds,
+            "data_wait_share": part.wait_seconds / part.train_seconds,
+            "epoch_seconds": part.train_seconds + time.perf_counter() - start,
             **steps.metrics(),
         }
         if num_padded_tokens:
-            metrics["tokens_per_second"] = result.num_tokens / result.train_seconds
-            metrics["padding_share"] = 1 - result.num_tokens / num_padded_tokens
-        if result.gpu_utilization is not None:
-            metrics["gpu_utilization"] = result.gpu_utilization
+            metrics["tokens_per_second"] = part.num_tokens / part.train_seconds
+            metrics["padding_share"] = 1 - part.num_tokens / num_padded_tokens
+        if self._utilization.share is not None:
+            metrics["gpu_utilization"] = self._utilization.share
         self._trial.report(
             metrics,
             checkpoint={**self.state(), "metrics": metrics},
@@ -197,6 +210,11 @@ class _Run:
             reason=reason,
         )
         return reason
+
+    @property
+    def is_in_epoch(self) -> bool:
+        """Whether an epoch has begun and not ended."""
+        return self._part is not None
 
     def reason_to_end(self) -> str:
         """Return why training ends here, or an empty string while it goes on."""
@@ -208,35 +226,28 @@ class _Run:
             return f"{metric} no better for {patience} epochs (best in epoch {best_epoch})"
         return ""
 
-    def _train_epoch(self) -> EpochResult:
+    def _train_rest(self, part: EpochPart) -> None:
+        """Train on the windows of an epoch that are still to come, and add them to `part`."""
         steps = self._steps
         steps.model.train()
-        start = time.perf_counter()
-        loss_sum = weight_sum = 0.0
-        num_samples = num_tokens = 0
-        num_padded_before = steps.num_padded_tokens
+        start, before = time.perf_counter(), part.train_seconds
+        num_padded_before = steps.num_padded_tokens - part.num_padded_tokens
         windows = self._train_loader.windows(
-            self._effective_batch_size, self._progress.epoch, self._samples_left()
+            self._effective_batch_size, self._progress.epoch, part.samples_left
         )
+        waited_before = part.wait_seconds
         with self._utilization:
-            for index in range(len(windows)):
+            for index in range(part.num_windows, len(windows)):
                 record = steps.train(windows, index)
-                num_samples += record.num_samples
-                num_tokens += windows.samples.num_tokens(index) or 0
-                loss_sum += record.loss * record.weight
-                weight_sum += record.weight
-        self._progress.num_samples += num_samples
+                part.num_windows += 1
+                part.num_samples += record.num_samples
+                part.num_tokens += windows.samples.num_tokens(index) or 0
+                part.loss_sum += record.loss * record.weight
+                part.weight_sum += record.weight
+                part.num_padded_tokens = steps.num_padded_tokens - num_padded_before
+                part.wait_seconds = waited_before + windows.wait_seconds
+                part.train_seconds = before + time.perf_counter() - start
         steps.model.zero_grad(set_to_none=True)  # the optimizer may not have all parameters
-        seconds = time.perf_counter() - start
-        return EpochResult(
-            train_loss=loss_sum / weight_sum,
-            num_samples=num_samples,
-            train_seconds=seconds,
-            wait_seconds=windows.wait_seconds,
-            num_tokens=num_tokens,
-            num_padded_tokens=steps.num_padded_tokens - num_padded_before,
-            gpu_utilization=self._utilization.share,
-        )
 
     def state(self) -> dict[str, Any]:
         """Return everything that `restore` needs to go on as if nothing had happened."""
@@ -244,6 +255,7 @@ class _Run:
             **self._steps.state(),
             "random_state": get_random_state(),
             "progress": asdict(self._progress),
+            "part": None if self._part is None else asdict(self._part),
             "evaluation_microbatch_limit": self._evaluation and self._evaluation.microbatch_limit,
         }
 
@@ -252,6 +264,8 @@ class _Run:
         self._steps.restore(checkpoint)
         set_random_state(checkpoint["random_state"])
         self._progress = Progress(**checkpoint["progress"])
+        part = checkpoint.get("part")
+        self._part = None if part is None else EpochPart(**part)
         self._draw_apart()
         self._steps.rescue.num_rescues = self._progress.num_rescues if self._ranks.is_first else 0
         if self._evaluation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -12,17 +13,49 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.child_process import TORCH_MODULES
-from tune_easytrain.errors import MetricError, MicrobatchTooLargeError, did_you_mean
-from tune_easytrain.events import Event, Failed, Planned, Reported, Rescued, Started, TrainingEnded
+from tune_easytrain.errors import (
+    ChildDiedError,
+    MetricError,
+    MicrobatchTooLargeError,
+    TerminatedError,
+    TrialHungError,
+    did_you_mean,
+)
+from tune_easytrain.events import (
+    CheckpointLost,
+    Event,
+    Failed,
+    Interrupted,
+    Planned,
+    Reported,
+    Rescued,
+    Started,
+    TrainingEnded,
+)
 from tune_easytrain.exactness import check_exactness
 from tune_easytrain.memory_ladder import Estimate, StrategyChoice, choose_strategies
 from tune_easytrain.microbatch_search import Emit, find_limit, microbatch_limit
 from tune_easytrain.probe_cache import LocalProbeCache, ProbeCache, ProbeEvidence
-from tune_easytrain.protocol import Continue, Finished, Opened, Opening, PlanChanged, Report, TrainRequest
+from tune_easytrain.protocol import (
+    Continue,
+    Finished,
+    Opened,
+    Opening,
+    PlanChanged,
+    Report,
+    Terminated,
+    TrainRequest,
+)
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial_children import TrainingProcess, TrialChildren, TrialProcesses
 from tune_easytrain.trial_restart import Restarts, describe_restart
+
+_IN_LOADER = re.compile(
+    r"Caught (\w+) in DataLoader worker process \d+\..*^(?:[\w.]+\.)?(\1: [^\n]*)", re.DOTALL | re.MULTILINE
+)
+"""What torch makes of an error in a loader process; the error's own first line is the second group."""
 
 Processes = TypeVar("Processes", bound=TrialProcesses)
 
@@ -34,6 +67,9 @@ class TrialSpec:
     `device` is `cuda` or `cpu`, `device_share` the trial's share of that device's memory, `num_threads`
     torch's threads on the CPU. `preloaded_modules` are imported once for all children of this process.
     `cloned_from` names the trial that wrote the checkpoint, where it is another one.
+    `timeout_seconds` is how long training may go without a report, None: for ever; `grace_seconds` how long
+    a child that is told to end may take to store a checkpoint in `store`. `scratch_parent` is the folder for
+    the trial's own one (None: that of temporary files).
     """
 
     config: dict[str, Any]
@@ -46,6 +82,10 @@ class TrialSpec:
     checkpoint_path: str | None = None
     preloaded_modules: tuple[str, ...] = TORCH_MODULES
     cloned_from: str = ""
+    timeout_seconds: float | None = None
+    grace_seconds: float = 30.0
+    store: CheckpointStore | None = None
+    scratch_parent: str | None = None
 
 
 def run_trial(
@@ -64,8 +104,9 @@ def run_trial(
     Where memory runs out in a window that several workers compute together, the trial starts again from its
     last checkpoint with half the micro-batch.
 
-    Raises NotEnoughMemoryError when not even one sample fits, ChildDiedError when training died, and what
-    the task's own code raised, with its type.
+    Raises NotEnoughMemoryError when not even one sample fits, and what the task's own code raised, with its
+    type: that is how the trial ends. Raises ChildDiedError when its processes were killed, crashed or hung:
+    tried again, from the last checkpoint, it may well succeed.
     """
     is_resumed = spec.checkpoint_path is not None
     emit(Started(config=spec.config, resumed=is_resumed, cloned_from=spec.cloned_from))
@@ -78,7 +119,7 @@ def run_trial(
     cache = LocalProbeCache() if cache is None else cache
     children: TrialProcesses | None = None
     try:
-        scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_")
+        scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_", dir=spec.scratch_parent)
         opening = _opening(spec, scratch_dir)
         children, opened, choice = open_trial(
             opening,
@@ -101,7 +142,7 @@ def run_trial(
         restarts = Restarts(choice.settings, spec.checkpoint_path, Path(scratch_dir))
         while True:
             try:
-                reports = _train(children.for_training(), limit, planned, spec.settings.metric, take)
+                reports = _train(children.for_training(), limit, planned, spec, take)
                 yield from map(restarts.seen, reports)
                 return
             except MicrobatchTooLargeError as error:
@@ -119,6 +160,9 @@ def run_trial(
                 )
             )
     except GeneratorExit:
+        raise
+    except ChildDiedError as error:
+        emit(interrupted_event(error))
         raise
     except Exception as error:
         emit(failed_event(error))
@@ -192,7 +236,15 @@ def describe_plan(choice: StrategyChoice, opened: Opened, limit: int | None) -> 
 def failed_event(error: BaseException) -> Failed:
     """Return the event of a trial that ended with `error`: one line, and everything there is to know."""
     text = f"{type(error).__name__}: {error}"
-    return Failed(error=text.splitlines()[0], details="\n".join([text, *getattr(error, "__notes__", [])]))
+    in_loader = _IN_LOADER.search(text)
+    line = text.splitlines()[0] if in_loader is None else in_loader[2]
+    return Failed(error=line, details="\n".join([text, *getattr(error, "__notes__", [])]))
+
+
+def interrupted_event(error: BaseException) -> Interrupted:
+    """Return the event of a trial whose processes are gone, or lost, and which may go on in others."""
+    failed = failed_event(error)
+    return Interrupted(reason=failed.error, details=failed.details)
 
 
 def describe_change(planned: Planned, change: PlanChanged) -> Planned | Rescued:
@@ -226,12 +278,13 @@ def with_rescues_published(emit: Emit, opened: Opened, cache: ProbeCache) -> Emi
 
 
 def _train(
-    child: TrainingProcess, limit: int | None, planned: Planned, metric: str, emit: Emit
+    child: TrainingProcess, limit: int | None, planned: Planned, spec: TrialSpec, emit: Emit
 ) -> Iterator[Report]:
+    metric = spec.settings.metric
     child.send(TrainRequest(limit))
     num_reports, has_ended = 0, False
     while True:
-        message = child.receive()
+        message = _receive(child, spec.timeout_seconds)
         if isinstance(message, PlanChanged):
             emit(describe_change(planned, message))
             continue
@@ -244,11 +297,29 @@ def _train(
         report = replace(message, metrics={"epoch": num_reports, **message.metrics})
         require_metric(metric, report.metrics)
         emit(Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes))
+        if report.checkpoint_error:
+            emit(CheckpointLost(reason=report.checkpoint_error))
         if report.is_final:
             has_ended = True
             emit(TrainingEnded(reason=report.reason))
         yield report
         child.send(Continue())
+
+
+def _receive(child: TrainingProcess, timeout_seconds: float | None) -> Any:
+    """Wait for the next message of training; raises TrialHungError, with where it is, when none comes."""
+    try:
+        message = child.receive(timeout_seconds)
+    except TimeoutError:
+        error = TrialHungError(
+            f"training went {timeout_seconds:g} s without a report (trial.timeout), and was ended"
+        )
+        error.add_note(f"where it was:\n{child.stack()}")
+        raise error from None
+    if isinstance(message, Terminated):
+        stored = f"its checkpoint is lost: {message.lost}" if message.lost else "it has ended in good order"
+        raise TerminatedError(f"the trial's process was told to end by SIGTERM; {stored}")
+    return message
 
 
 def require_metric(metric: str, names: Collection[str] | None) -> None:
@@ -276,4 +347,6 @@ def _opening(spec: TrialSpec, scratch_dir: str) -> Opening:
         num_threads=spec.num_threads,
         scratch_dir=scratch_dir,
         checkpoint_path=spec.checkpoint_path,
+        grace_seconds=spec.grace_seconds,
+        store=spec.store,
     )

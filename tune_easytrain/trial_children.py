@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tune_easytrain.child_process import TORCH_MODULES, ChildProcess
-from tune_easytrain.errors import ChildDiedError, EstimateError
+from tune_easytrain.errors import ChildDiedError, EstimateError, TerminatedError, TrialHungError
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import Attempt, Outcome
 from tune_easytrain.protocol import (
@@ -36,6 +36,9 @@ class TrainingProcess(Protocol):
     def receive(self, timeout_seconds: float | None = None) -> Any:
         """Wait for the next message; raises what went wrong there, with its type."""
 
+    def stack(self) -> str:
+        """Return where it is, as a stack of Python calls; empty where that is not known."""
+
 
 class TrialProcesses(Protocol):
     """The processes that run a trial's torch code, wherever they are."""
@@ -51,6 +54,9 @@ class TrialProcesses(Protocol):
 
     def for_training(self) -> TrainingProcess:
         """Return what trains."""
+
+    def terminate(self, wait_seconds: float = 0.0) -> None:
+        """Tell them to end, from another thread too, and wait; training stores a checkpoint first."""
 
     def kill(self) -> None:
         """End every process."""
@@ -68,6 +74,7 @@ class TrialChildren:
         self._preloaded_modules = preloaded_modules
         self._child: ChildProcess | None = None
         self._has_tried = False
+        self._is_terminated = False
 
     def estimate(self) -> MemoryEstimate | EstimateError:
         """Return the trial's memory at any size, or why it is not known.
@@ -75,6 +82,7 @@ class TrialChildren:
         A child of its own works it out, without the device, and takes all that this needed with it.
         """
         timeout_seconds = self._opening.settings.probe_timeout_seconds
+        self._require_not_terminated()
         child = ChildProcess(EstimateRequest(self._opening), self._preloaded_modules)
         try:
             reply: MemoryEstimate | EstimateError = child.receive(timeout_seconds)
@@ -91,14 +99,15 @@ class TrialChildren:
 
         Raises ChildDiedError where the task cannot even be built in the time that one attempt has.
         """
+        self._require_not_terminated()
         self._child = ChildProcess(self._opening, self._preloaded_modules)
         timeout_seconds = self._opening.settings.probe_timeout_seconds
         try:
             opened = self._child.receive(timeout_seconds)
         except TimeoutError:
-            raise ChildDiedError(
+            raise TrialHungError(
                 f"building the task and opening its data took more than {timeout_seconds:g} s; "
-                "look for what hangs there, or raise batch.probe_timeout"
+                f"look for what hangs there, or raise batch.probe_timeout\n{self._child.stack()}"
             ) from None
         assert isinstance(opened, Opened)
         self._opening = replace(self._opening, budget_bytes=opened.budget_bytes)
@@ -118,6 +127,7 @@ class TrialChildren:
 
         Raises what the task's own code raised, with its type.
         """
+        self._require_not_terminated()
         start = time.perf_counter()
         try:
             child = self._fresh_child()
@@ -127,6 +137,7 @@ class TrialChildren:
                 tell_port(reply.port)
                 reply = child.receive(timeout_seconds)
         except ChildDiedError as error:
+            self._require_not_terminated()
             outcome, message = Outcome.DIED, str(error)
         except TimeoutError as error:
             outcome, message = Outcome.TIMED_OUT, str(error)
@@ -151,6 +162,17 @@ class TrialChildren:
             self.open()
         assert self._child is not None
         return self._child
+
+    def terminate(self, wait_seconds: float = 0.0) -> None:
+        """Tell the child to end, and start no other one."""
+        self._is_terminated = True
+        child = self._child
+        if child is not None:
+            child.terminate(wait_seconds)
+
+    def _require_not_terminated(self) -> None:
+        if self._is_terminated:
+            raise TerminatedError("the trial was told to end")
 
     def kill(self) -> None:
         """End the child, if there is one."""

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.checkpoint_store import CHECKPOINT_NAME, CheckpointStore
 from tune_easytrain.errors import TaskError
 from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import Task
+from tune_easytrain.termination import EndRequested, Termination
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,8 @@ class TrialContext:
         settings: the trial's `batch` and `train` keys.
         is_near_edge: whether the allocator had to flush its cache when the probe tried this plan's limit.
         workers: those that train this trial together, None for one alone; see `ranks`.
+        termination: whether this process was told to end; None: nobody tells it.
+        store: where a checkpoint goes then.
     """
 
     task: Task | None
@@ -48,6 +52,17 @@ class TrialContext:
     send: Callable[[Report | PlanChanged], None]
     is_near_edge: bool = False
     workers: RankGroup | None = None
+    termination: Termination | None = None
+    store: CheckpointStore | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the trial was told to end: its machine is taken back, or the sweep was interrupted.
+
+        It then has `trial.grace` seconds. The next `report` with a checkpoint, or `end`, stores that and does
+        not return. Of several workers none is told: they go on from the last checkpoint reported.
+        """
+        return self.termination is not None and self.termination.is_due
 
     @cached_property
     def device(self) -> torch.device:
@@ -89,19 +104,41 @@ class TrialContext:
         """
         if self.workers is not None and not self.workers.is_first:
             return
-        path = None
-        if checkpoint is not None:
-            path = self.scratch_dir / "checkpoint.pt"
-            save_checkpoint(checkpoint, path)
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        path, lost = (None, "") if checkpoint is None else self._save(checkpoint)
+        if path is not None and self.is_ending:
+            lost = self._store(path)
         self.send(
             Report(
-                {name: _number(name, value) for name, value in metrics.items()},
-                self.memory.peak_bytes(),
-                None if path is None else str(path),
-                is_final,
-                reason,
+                numbers, self.memory.peak_bytes(), None if path is None else str(path), is_final, reason, lost
             )
         )
+        if self.is_ending:
+            raise EndRequested(lost)
+
+    def end(self, checkpoint: Mapping[str, Any]) -> NoReturn:
+        """Store a checkpoint that no metrics belong to yet, and end; for a trial that `is_ending`."""
+        path, lost = self._save(checkpoint)
+        raise EndRequested(lost if path is None else self._store(path))
+
+    def _save(self, checkpoint: Mapping[str, Any]) -> tuple[Path | None, str]:
+        """Return the file of a checkpoint, or None and why there is none: training goes on without."""
+        path = self.scratch_dir / CHECKPOINT_NAME
+        try:
+            save_checkpoint(checkpoint, path)
+        except OSError as error:
+            return None, f"cannot write {path}: {error.strerror or error}"
+        return path, ""
+
+    def _store(self, path: Path) -> str:
+        """Store a checkpoint from here; return why that did not work, if so."""
+        if self.store is None:
+            return "there is no storage"
+        try:
+            self.store.save(path)
+        except OSError as error:
+            return f"cannot write to {self.store.folder}: {error.strerror or error}"
+        return ""
 
     def rescue(self, model: nn.Module) -> Rescue:
         """Return what computes windows of `model`, again and smaller where memory runs out.
@@ -121,14 +158,23 @@ class TrialContext:
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all: to a file beside it, synced, then renamed."""
+    """Write a checkpoint whole or not at all: to a file beside it, synced, then renamed.
+
+    Raises OSError where it cannot be written, on a full disk too.
+    """
     import torch
 
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch makes a RuntimeError of it
+            raise error.__context__ from error
+        raise
     temporary.replace(path)
 
 

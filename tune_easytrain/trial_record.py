@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -12,6 +13,7 @@ from tune_easytrain.events import (
     Event,
     Failed,
     Finished,
+    Interrupted,
     Planned,
     Probed,
     Reported,
@@ -42,10 +44,17 @@ class TrialState(StrEnum):
     PENDING = "pending"
     PROBING = "probing"
     TRAINING = "training"
+    INTERRUPTED = "interrupted"
+    """Ended from outside; it goes on from its newest checkpoint, now or when the sweep is resumed."""
     FINISHED = "finished"
     STOPPED = "stopped"
     """Ended early by the scheduler."""
     FAILED = "failed"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the trial has its resources."""
+        return self in (TrialState.PROBING, TrialState.TRAINING)
 
     @property
     def is_final(self) -> bool:
@@ -57,8 +66,10 @@ class TrialState(StrEnum):
 class TrialRecord:
     """One trial as far as it has come.
 
+    `has_begun` says that it has had resources, so that nothing of `config` is still to be drawn.
     `plan` is the batch plan in use, `num_rescues` how often memory ran out in training and a window was
-    computed again; `reports` holds one report per epoch, the latest of each.
+    computed again, `num_failures` how often a fault ended the trial that was not its own;
+    `reports` holds one report per epoch, the latest of each.
     """
 
     trial_id: str
@@ -66,7 +77,9 @@ class TrialRecord:
     config: dict[str, Any] = field(default_factory=dict)
     probe: Probed | None = None
     plan: Planned | None = None
+    has_begun: bool = False
     num_rescues: int = 0
+    num_failures: int = 0
     reports: list[dict[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     reason: str = ""
@@ -87,7 +100,7 @@ class TrialRecord:
             case Created():
                 self.config = event.config
             case Started():
-                self.config, self.state = event.config, TrialState.PROBING
+                self.config, self.state, self.has_begun = event.config, TrialState.PROBING, True
                 self.error = self.error_details = self.reason = ""
                 if event.cloned_from:
                     self.reports.clear()
@@ -99,6 +112,9 @@ class TrialRecord:
                 self._add_rescue(event)
             case Reported():
                 self._add_report(event)
+            case Interrupted():
+                self.state, self.reason = TrialState.INTERRUPTED, event.reason
+                self.num_failures += event.is_failure
             case Finished():
                 self.state, self.reason = TrialState.FINISHED, event.reason
             case Stopped():
@@ -117,9 +133,10 @@ class TrialRecord:
 
     def _add_report(self, event: Reported) -> None:
         # A trial that was set back to a checkpoint reports its epochs again: the later report holds.
-        epoch = event.metrics.get("epoch", len(self.reports) + 1)
-        self.reports = [r for r in self.reports if r.get("epoch", 0) < epoch]
-        self.reports.append({"epoch": epoch, **event.metrics})
+        epoch = event.metrics.get("epoch", math.nan)
+        epoch = epoch if math.isfinite(epoch) else len(self.reports) + 1
+        self.reports = [r for r in self.reports if r["epoch"] < epoch]
+        self.reports.append({**event.metrics, "epoch": epoch})
         self.peak_memory_bytes = max(self.peak_memory_bytes or 0, event.peak_memory_bytes)
 
     @property

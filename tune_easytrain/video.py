@@ -5,6 +5,7 @@ Decoding is PyAV's (`pip install 'tune-easytrain[video]'`), imported when the fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,10 @@ from tune_easytrain.errors import DataError, UnknownNameError
 
 SAMPLINGS = ("uniform", "consecutive")
 """How the frames of a clip are chosen; see `sample_indices`."""
+
+
+MAX_PIXELS = 7680 * 4320
+"""Pixels of the largest picture that is decoded, 8K: a damaged header can claim more than memory holds."""
 
 
 class CorruptVideoError(DataError):
@@ -48,7 +53,8 @@ def import_av() -> Any:
 def _faults_name_the_file(path: str) -> Iterator[None]:
     """Turn what FFmpeg says about a file's contents into `CorruptVideoError`.
 
-    A full memory, a permission or a failing disk is not the file's fault and passes as it is.
+    A full memory, a permission or a failing disk is not the file's fault and passes as it is. The codes
+    alone do not tell: FFmpeg says "not permitted" and "input/output error" of damaged files too.
     """
     av = import_av()
     try:
@@ -56,9 +62,18 @@ def _faults_name_the_file(path: str) -> Iterator[None]:
     except av.error.FFmpegError as error:
         if isinstance(error, FileNotFoundError):
             raise CorruptVideoError(path, "no such file") from error
-        if isinstance(error, (OSError, MemoryError)):
+        if isinstance(error, MemoryError):
             raise
+        if isinstance(error, OSError):
+            _read_through(path)
         raise CorruptVideoError(path, f"cannot be decoded ({error.strerror or error})") from error
+
+
+def _read_through(path: str) -> None:
+    """Read a file to its end; raises OSError where the machine does not let that be done."""
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
 
 
 class VideoFile:
@@ -75,7 +90,8 @@ class VideoFile:
         self.path = str(path)
         with _faults_name_the_file(self.path):
             # Metadata that is not UTF-8 must not keep a video from being opened.
-            self._container = import_av().open(self.path, metadata_errors="ignore")
+            # An absolute path, as FFmpeg would take one that begins with `http:` or `concat:` for a command.
+            self._container = import_av().open(os.path.abspath(self.path), metadata_errors="ignore")
         try:
             with _faults_name_the_file(self.path):
                 self._open_stream()
@@ -87,6 +103,8 @@ class VideoFile:
         if not self._container.streams.video:
             raise CorruptVideoError(self.path, "holds no video stream")
         self._stream = stream = self._container.streams.video[0]
+        if stream.codec_context is None:
+            raise CorruptVideoError(self.path, "its pictures are in no known format")
         # One thread, here and for the conversion to RGB: loader workers are the parallelism, and what has
         # threads of its own hangs a forked worker when Python's garbage collection frees it there.
         stream.codec_context.thread_count = 1
@@ -105,6 +123,10 @@ class VideoFile:
         if first is None:
             raise CorruptVideoError(self.path, "not one frame can be decoded")
         self._position, self._frame = first
+        self._height, self._width = stream.height, stream.width  # a damaged file may change them later
+        if self._height * self._width > MAX_PIXELS:
+            size = f"{self._width} x {self._height} pixels"
+            raise CorruptVideoError(self.path, f"has pictures of {size}, more than {MAX_PIXELS:,}")
         if len(stream.index_entries):
             self._reorder_ticks = self._pts(0) - stream.index_entries[0].timestamp
         self._previous = -1  # the number of the frame before the current one
@@ -141,7 +163,7 @@ class VideoFile:
         uint8 RGB, shape (T, C, H, W). Raises `CorruptVideoError`.
         """
         wanted = [min(max(index, 0), self.num_frames - 1) for index in indices]
-        clip = torch.empty(len(wanted), self._stream.height, self._stream.width, 3, dtype=torch.uint8)
+        clip = torch.empty(len(wanted), self._height, self._width, 3, dtype=torch.uint8)
         place_of: dict[int, int] = {}
         with _faults_name_the_file(self.path):
             for place in sorted(range(len(wanted)), key=wanted.__getitem__):
@@ -154,7 +176,7 @@ class VideoFile:
         return clip.permute(0, 3, 1, 2)
 
     def _picture(self) -> Tensor:
-        size = {"width": self._stream.width, "height": self._stream.height}
+        size = {"width": self._width, "height": self._height}
         rgb = self._reformatter.reformat(self._frame, format="rgb24", threads=1, **size)
         return torch.from_numpy(rgb.to_ndarray())
 

@@ -5,6 +5,7 @@ The layout is UCF101's own: https://www.crcv.ucf.edu/data/UCF101.php
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from tune_easytrain import torchcodec_decoder, video
 from tune_easytrain.errors import DataError, UnknownNameError, did_you_mean
+from tune_easytrain.plain_text import is_file_name, printable
 from tune_easytrain.video import CorruptVideoError, VideoFile, sample_indices
 
 DECODERS = ("pyav", "torchcodec")
@@ -27,6 +29,11 @@ _UCF101_DOWNLOAD = (
     "download UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip from "
     "https://www.crcv.ucf.edu/data/UCF101.php, unpack both into one folder, and set data.root to that folder"
 )
+
+_MOST_SHOWN = 5
+"""Files or lines that an error names; it counts the others."""
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP)
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +132,8 @@ class VideoClips(Dataset[tuple[Any, int]]):
 
     def _skip(self, index: int, error: CorruptVideoError) -> None:
         self._is_broken[index] = True
-        _logger.warning("skipped a broken video, the next one of its class stands in: %s", error)
+        what = "skipped a broken video, the next one of its class stands in: %s"
+        _logger.warning(what, printable(str(error)))
         self._check_share()
 
     def _check_share(self) -> None:
@@ -158,8 +166,10 @@ def find_damage(path: str | Path) -> str | None:
                 declared = _declared_mp4_bytes(file, size_bytes)
             else:
                 declared = None
-    except FileNotFoundError:
-        return "no such file"
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return "no such file"
+        raise
     if declared is None:
         return _find_damage_by_decoding(path)
     # Writers that cannot go back to the header leave its size at the largest number.
@@ -200,9 +210,9 @@ def load_ucf101_classes(root: str | Path) -> list[str]:
     names: list[str] = []
     for number, line in _read_lines(path):
         position, _, name = line.partition(" ")
-        if position != str(len(names) + 1) or not name or " " in name.strip():
+        if position != str(len(names) + 1) or not is_file_name(name.strip()) or " " in name.strip():
             raise DataError(
-                f"{path}:{number}: {line!r} is not a class number and a name, counted from 1; this line "
+                f"{path}:{number}: {line!r:.300} is not a class number and a name, counted from 1; this line "
                 f"should begin with {len(names) + 1}; unpack the split lists again"
             )
         names.append(name.strip())
@@ -230,45 +240,61 @@ def load_ucf101_split(
     label_of = {name: label for label, name in enumerate(classes)}
     samples: list[tuple[str, int]] = []
     faults: list[str] = []
+    num_wrong = 0
     for number, line in _read_lines(path):
-        fault, sample = _parse_list_line(line, label_of)
-        if fault:
-            faults.append(f"{path}:{number}: {fault}")
+        video, *rest = line.split()
+        label = label_of.get(video.partition("/")[0], -1)
+        if label >= 0 and rest in ([], [str(label + 1)]) and _is_video_name(video):
+            samples.append((str(videos / video), label))
         else:
-            samples.append((str(videos / sample[0]), sample[1]))
+            num_wrong += 1
+            if num_wrong <= _MOST_SHOWN:
+                faults.append(f"{path}:{number}: {_fault_of_line(line, label_of)}")
     if faults:
-        raise DataError(_shorten(f"{len(faults)} wrong lines", faults, "unpack the split lists again"))
+        raise DataError(_shorten(f"{num_wrong} wrong lines", faults, "unpack the split lists again"))
     if not samples:
         raise DataError(f"{path}: names no video; unpack the split lists again")
     _check_missing(path, videos, samples, max_missing_share)
     return samples, classes
 
 
-def _parse_list_line(line: str, label_of: dict[str, int]) -> tuple[str, tuple[str, int]]:
-    """(fault or "", (relative path, label)) of a line `Class/video.avi` or `Class/video.avi 1`."""
+def _is_video_name(video: str) -> bool:
+    """Whether a list's `Class/video.avi` is a file in a folder, both with names that a file system takes."""
+    return "/" in video and all(map(is_file_name, video.split("/")))
+
+
+def _fault_of_line(line: str, label_of: dict[str, int]) -> str:
+    """Say what is wrong with a line that is neither `Class/video.avi` nor `Class/video.avi 1`."""
     video, *rest = line.split()
-    name, _, file = video.partition("/")
-    none = ("", -1)
-    if not file or len(rest) > 1:
-        return f"{line!r} is not <Class>/<video>.avi with or without a class number", none
+    name = video.partition("/")[0]
+    if not _is_video_name(video) or len(rest) > 1:
+        return f"{line!r:.300} is not <Class>/<video>.avi with or without a class number"
     if name not in label_of:
-        return f"class {name!r} is not in classInd.txt; {did_you_mean(name, label_of)}", none
-    if rest and rest[0] != str(label_of[name] + 1):
-        return f"class {name!r} is number {label_of[name] + 1} in classInd.txt, not {rest[0]}", none
-    return "", (video, label_of[name])
+        return f"class {name!r} is not in classInd.txt; {did_you_mean(name, label_of)}"
+    return f"class {name!r} is number {label_of[name] + 1} in classInd.txt, not {rest[0]:.80}"
 
 
 def _check_missing(path: Path, videos: Path, samples: list[tuple[str, int]], max_share: float) -> None:
     folders = {str(Path(video).parent) for video, _ in samples}
-    there = {str(file) for folder in folders if Path(folder).is_dir() for file in Path(folder).iterdir()}
+    there = {str(file) for folder in folders for file in _files_in(Path(folder))}
     missing = [video for video, _ in samples if video not in there]
     if len(missing) > max_share * len(samples):
         what = f"{len(missing)} of the {len(samples)} videos in {path} are not under {videos}"
         raise DataError(_shorten(what, missing, _UCF101_DOWNLOAD))
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder; none where there is no folder, or its name is longer than names may be."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return []
+        raise
+
+
 def _shorten(what: str, items: list[str], remedy: str) -> str:
-    shown = "\n".join(f"  {item}" for item in items[:5])
+    shown = "\n".join(f"  {item:.400}" for item in items[:_MOST_SHOWN])
     return f"{what}; {remedy}. The first:\n{shown}"
 
 
@@ -290,6 +316,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_UCF101_DOWNLOAD}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not text ({error}); unpack the split lists again") from None
     for number, line in enumerate(text.splitlines(), start=1):

@@ -82,6 +82,7 @@ class WindowSteps:
         self._shards = self._shard_optimizer()
         self.rescue = trial.rescue(self.model)
         self.rescue.is_alone = self.passes is None
+        self.rescue.termination = trial.termination
         self._timing = PlanTiming(plan, 0)
 
     @property
@@ -206,6 +207,8 @@ class WindowSteps:
         if num_samples == 0:
             return None
         microbatches = windows.read(index, plan)
+        if self._trial.termination is not None:
+            microbatches = self._trial.termination.watch(microbatches)
         try:
             record = accumulate_gradients(
                 self.model, self._loss, microbatches, weight=weight, backward=backward

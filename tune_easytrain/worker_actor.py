@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from tune_easytrain.child_process import RemoteError
 from tune_easytrain.cluster import trials_per_node
 from tune_easytrain.errors import WorkerLostError
 from tune_easytrain.protocol import Continue, Opening, TrainRequest, WorkerPlace
+from tune_easytrain.scratch import ScratchFolder
 from tune_easytrain.trial_children import TrainingProcess, TrialChildren
 
 
@@ -51,7 +50,7 @@ class Worker:
         self._rank, self._bundle, self._preloaded_modules = rank, bundle, preloaded_modules
         self._children: TrialChildren | None = None
         self._training: TrainingProcess | None = None
-        self._scratch_dir: str | None = None
+        self._scratch: ScratchFolder | None = None
         self._ports: SimpleQueue[int | None] = SimpleQueue()
 
     def place(self) -> tuple[str, str]:
@@ -62,10 +61,10 @@ class Worker:
     def begin(self, opening: Opening, checkpoint: bytes | None) -> None:
         """Take over a trial; `checkpoint` is its content where this node does not have the file."""
         self.end()
-        self._scratch_dir = tempfile.mkdtemp(prefix="tune_easytrain_worker_")
+        self._scratch = ScratchFolder()
         path = opening.checkpoint_path
         if checkpoint is not None:
-            path = str(Path(self._scratch_dir) / "resumed.pt")
+            path = str(self._scratch.path / "resumed.pt")
             Path(path).write_bytes(checkpoint)
         share = opening.device_share
         if not self._bundle.get("GPU"):
@@ -73,7 +72,7 @@ class Worker:
         opening = replace(
             opening,
             checkpoint_path=path,
-            scratch_dir=self._scratch_dir,
+            scratch_dir=str(self._scratch.path),
             device_share=share,
             rank=self._rank,
             is_shared=opening.is_shared and self._rank == 0,
@@ -101,7 +100,7 @@ class Worker:
         children, tell_port = self._children, self._ports.put
         assert children is not None
         answer = Answer.of(lambda: children.attempt(microbatch_size, timeout_seconds, place, tell_port))
-        if place.store_address is None:
+        if place.port is None:
             tell_port(None)  # for one who waits for a port that does not come
         return answer
 
@@ -133,9 +132,9 @@ class Worker:
         """End the trial's children and forget it."""
         if self._children is not None:
             self._children.kill()
-        if self._scratch_dir is not None:
-            shutil.rmtree(self._scratch_dir, ignore_errors=True)
-        self._children, self._training, self._scratch_dir = None, None, None
+        if self._scratch is not None:
+            self._scratch.remove()
+        self._children, self._training, self._scratch = None, None, None
 
 
 class WorkerActors:

@@ -84,12 +84,11 @@ class WorkerProcesses:
     def _attempt_together(self, microbatch_size: int, timeout_seconds: float) -> list[Attempt]:
         num_workers = len(self._actors)
         (_, host), _ = get_all([self._actors[0].place.remote(), self._actors[0].forget_ports.remote()])
-        calls = {
-            self._actors[0].attempt.remote(microbatch_size, timeout_seconds, WorkerPlace(0, num_workers)): 0
-        }
+        place = WorkerPlace(0, num_workers, host)
+        calls = {self._actors[0].attempt.remote(microbatch_size, timeout_seconds, place): 0}
         (port,) = get_all([self._actors[0].port.remote()])
         for rank, actor in enumerate(self._actors[1:] if port is not None else [], start=1):
-            place = WorkerPlace(rank, num_workers, (host, port))
+            place = WorkerPlace(rank, num_workers, host, port)
             calls[actor.attempt.remote(microbatch_size, timeout_seconds, place)] = rank
         answers = self._settle(calls)
         attempts: list[Attempt] = [answer.value for answer in answers if answer.error is None]
@@ -126,6 +125,9 @@ class WorkerProcesses:
             copies_to = Path(self._opening.scratch_dir) if self._are_elsewhere[0] else None
             self._training = _Training(self._actors, copies_to)
         return self._training
+
+    def terminate(self, wait_seconds: float = 0.0) -> None:
+        """Do nothing: one rank cannot store what all have, and they go on from the last report."""
 
     def kill(self) -> None:
         """End the children of every rank; the actors stay for the next trial, unless one does not answer."""
@@ -173,14 +175,14 @@ class _Training:
             return
         assert isinstance(message, TrainRequest)
         num_workers = len(self._actors)
-        request = replace(message, place=WorkerPlace(0, num_workers))
-        first = self._actors[0].train.remote(request)
-        (_, host), answer = get_all([self._actors[0].place.remote(), first])
+        ((_, host),) = get_all([self._actors[0].place.remote()])
+        request = replace(message, place=WorkerPlace(0, num_workers, host))
+        (answer,) = get_all([self._actors[0].train.remote(request)])
         opened = answer.result()
         assert isinstance(opened, StoreOpened)
         self._wait_for(0, self._actors[0].next_message.remote(False))
         for rank, actor in enumerate(self._actors[1:], start=1):
-            place = WorkerPlace(rank, num_workers, (host, opened.port))
+            place = WorkerPlace(rank, num_workers, host, opened.port)
             self._wait_for(rank, actor.train.remote(replace(message, place=place)))
 
     def receive(self, timeout_seconds: float | None = None) -> Any:
@@ -201,6 +203,10 @@ class _Training:
             assert isinstance(message, PlanChanged)
             self._wait_for(rank, self._actors[rank].next_message.remote(False))
             return message
+
+    def stack(self) -> str:
+        """Return nothing: the ranks wait for each other, so most stacks would say no more than that."""
+        return ""
 
     def _cause(self, answer: Answer) -> Answer:
         """Return of the errors of all ranks the one that the others come from: those have lost a rank."""

@@ -6,6 +6,7 @@ number 83. Here only `true` and `false` are booleans, `1e-3` is a number, and th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import ConfigError, Fault
 
 YamlPath: TypeAlias = tuple[str | int, ...]
@@ -23,8 +25,16 @@ YamlPath: TypeAlias = tuple[str | int, ...]
 DICT_SOURCE = "<config>"
 """The source named in faults of a config that was given as a Python dict."""
 
-MAX_VALUES = 1_000_000
+MAX_BYTES = 1 << 20
+"""Size of the largest file that is read; PyYAML takes about 10 s for it."""
+
+MAX_VALUES = 100_000
 """Values one file may hold, aliases written out: a few lines of nested aliases can mean billions."""
+
+MAX_DEPTH = 100
+"""Mappings and lists that a value may lie in; all that handles it later does so by recursion."""
+
+_LEAST_INTEGER, _MOST_INTEGER = -(2**63), 2**64 - 1  # what results can hold, in a column or in a file
 
 _CORE_TYPES = (
     ("null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "~nN\0"),
@@ -129,10 +139,15 @@ def read_file(path: str | Path) -> tuple[YamlSource, list[Fault]]:
     """Read a YAML file as far as it can be read, together with its faults in the file's order."""
     name = str(path)
     try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        fault = Fault(name, "", f"the file cannot be read: {error.strerror}", "give the path of a sweep file")
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        fault = Fault(name, "", f"the file cannot be read: {reason}", "give the path of a sweep file")
         return YamlSource(name, None, {}), [fault]
+    if len(raw) > MAX_BYTES:
+        problem = f"the file is larger than {format_bytes(MAX_BYTES)}"
+        return YamlSource(name, None, {}), [Fault(name, "", problem, "give the path of a sweep file")]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -154,6 +169,8 @@ def read_text(text: str, source: str) -> tuple[YamlSource, list[Fault]]:
         reader.faults.append(Fault(source, "", problem, "remove it", line))
     except yaml.MarkedYAMLError as error:
         reader.faults.append(_syntax_fault(error, source))
+    except (ValueError, OverflowError) as error:  # PyYAML's, of an escape or a version with a huge number
+        reader.faults.append(Fault(source, "", f"not valid YAML: {error}", "remove what YAML does not know"))
     except RecursionError:
         reader.faults.append(Fault(source, "", "values are nested too deeply", "use fewer levels"))
     else:
@@ -192,6 +209,9 @@ class _NodeReader:
         self._num_values += 1
         if id(node) in self._open_nodes:
             return self._fault(node, path, "an alias stands for a value that holds itself", "write it out")
+        if len(path) >= MAX_DEPTH and not isinstance(node, yaml.ScalarNode):
+            problem = f"values are nested in more than {MAX_DEPTH} levels"
+            return self._fault(node, path[:1], problem, "use fewer levels")
         if self._num_values > MAX_VALUES:
             if self._num_values == MAX_VALUES + 1:
                 self._fault(node, path, f"more than {MAX_VALUES} values", "use fewer aliases")
@@ -210,7 +230,7 @@ class _NodeReader:
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             if kind == "str":
-                return node.value
+                return node.value if _is_whole(node.value) else self._half_character(node, path)
             for name, pattern, _ in _CORE_TYPES:
                 if kind == name and pattern.match(node.value):
                     return self._scalar(kind, node, path)
@@ -225,10 +245,15 @@ class _NodeReader:
             return word.lower() == "true"
         if kind == "float":
             return float(word.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        try:
-            return int(word, {"0o": 8, "0x": 16}.get(word[:2], 10))
-        except ValueError:
-            return self._fault(node, path, f"an integer of {len(word)} digits is too long", "shorten it")
+        number = None
+        with contextlib.suppress(ValueError):  # more digits than Python reads
+            number = int(word, {"0o": 8, "0x": 16}.get(word[:2], 10))
+        if number is not None and _LEAST_INTEGER <= number <= _MOST_INTEGER:
+            return number
+        return self._fault(node, path, f"an integer of {len(word)} digits is too long", _INTEGER_REMEDY)
+
+    def _half_character(self, node: yaml.Node, path: YamlPath) -> None:
+        self._fault(node, path, _HALF_CHARACTER, "write the character itself")
 
     def _mapping(self, node: yaml.MappingNode, path: YamlPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -238,6 +263,8 @@ class _NodeReader:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else f"(a {key_node.id})"
             if key_node.tag != _TAG + "str" or not isinstance(key_node, yaml.ScalarNode):
                 self._fault(key_node, path, f"the key {key} is not a string", "put quotes around the key")
+            elif not _is_whole(key):
+                self._half_character(key_node, path)
             elif key == "<<" and key_node.style is None:
                 remedy = "write the keys out"
                 self._fault(key_node, path, "the merge key << is not part of YAML 1.2", remedy)
@@ -254,15 +281,19 @@ class _NodeReader:
         self.faults.append(Fault(self.source, show_path(path), problem, remedy, line))
 
 
+_HALF_CHARACTER = "an escape stands for half a character (U+D800 to U+DFFF)"
+_INTEGER_REMEDY = "shorten it, or put quotes around it"
+
+
+def _is_whole(text: str) -> bool:
+    """Return whether a text can be written: no file and no terminal takes half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_data(data: object, source: str = DICT_SOURCE) -> tuple[YamlSource, list[Fault]]:
     """Copy a Python value as YAML would hold it (tuples become lists), together with its faults."""
     faults: list[Fault] = []
-    try:
-        plain = _plain(data, (), source, faults)
-    except RecursionError:
-        problem = "a value holds itself, or is nested too deeply"
-        plain, faults = None, [Fault(source, "", problem, "write it out")]
-    return YamlSource(source, plain, {}), faults
+    return YamlSource(source, _plain(data, (), source, faults), {}), faults
 
 
 def _plain(value: Any, path: YamlPath, source: str, faults: list[Fault]) -> Any:
@@ -270,7 +301,15 @@ def _plain(value: Any, path: YamlPath, source: str, faults: list[Fault]) -> Any:
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else kind(value)
+            plain = kind.__str__(value) if kind is str else kind(value)
+            if fault := _scalar_fault(plain):
+                faults.append(Fault(source, show_path(path), *fault))
+                return None
+            return plain
+    if len(path) >= MAX_DEPTH:
+        problem = f"a value holds itself, or is nested in more than {MAX_DEPTH} levels"
+        faults.append(Fault(source, show_path(path[:1]), problem, "write it out, in fewer levels"))
+        return None
     if isinstance(value, (list, tuple)):
         return [_plain(item, (*path, index), source, faults) for index, item in enumerate(value)]
     if not isinstance(value, Mapping):
@@ -280,11 +319,21 @@ def _plain(value: Any, path: YamlPath, source: str, faults: list[Fault]) -> Any:
         return None
     result = {}
     for key, item in value.items():
-        if isinstance(key, str):
+        if isinstance(key, str) and _is_whole(key):
             result[str.__str__(key)] = _plain(item, (*path, key), source, faults)
         else:
-            faults.append(Fault(source, show_path(path), f"the key {key!r} is not a string", "give a string"))
+            problem = f"the key {key!r:.80} is not a string, or not one of whole characters"
+            faults.append(Fault(source, show_path(path), problem, "give a string"))
     return result
+
+
+def _scalar_fault(value: str | int | float) -> tuple[str, str] | None:
+    """Return what makes a plain value unusable and the remedy; None where it can be used."""
+    if isinstance(value, str) and not _is_whole(value):
+        return "the text holds half a character (U+D800 to U+DFFF)", "give text that can be written as UTF-8"
+    if isinstance(value, int) and not _LEAST_INTEGER <= value <= _MOST_INTEGER:
+        return f"an integer of {value.bit_length()} bits is too long", _INTEGER_REMEDY
+    return None
 
 
 def _with_value(data: Any, path: YamlPath, value: Any, passed: YamlPath) -> Any:

@@ -1,0 +1,141 @@
+"""Clusters of several nodes, with GPUs that are none, that lose a node, give one back, or lose their head."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from fault_sweeps import make_sweep
+from processes import family, send
+from waiting import wait_for
+
+import tune_easytrain as te
+from tune_easytrain.trial_context import load_checkpoint
+
+PATIENCE_SECONDS = 150
+DRIVER = """
+import json, sys
+import tune_easytrain as te
+te.run(json.loads(sys.argv[1]), address=sys.argv[2], quiet=True)
+"""
+IMPATIENT = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A cluster that does not wait a minute for what is lost."""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that drives; the test adds nodes to it."""
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Any:
+    """The frame's row of a trial in which nothing goes wrong."""
+    return te.run(make_sweep(tmp_path / "undisturbed"), quiet=True, debug=True).frame().iloc[0]
+
+
+def gpu_sweep(folder: Path) -> dict[str, Any]:
+    """Four trials of some seconds, with a resource of their own each."""
+    sweep = make_sweep(folder, pace=0.5)
+    sweep["grid_search"]["grid"] = {"fault": [None], "number": [0, 1, 2, 3]}
+    sweep["trial"] = {"resources": {"cpu": 1, "custom": {"fake_gpu": 1}}, "grace": 20}
+    del sweep["run"]["max_concurrent"]
+    return sweep
+
+
+def start_driver(sweep: dict[str, Any], address: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(sweep), address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results_of(sweep: dict[str, Any]) -> te.SweepResults:
+    storage = Path(sweep["run"]["storage"])
+    wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory", PATIENCE_SECONDS)
+    (run_dir,) = storage.iterdir()
+    return te.load_results(run_dir)
+
+
+def wait_until_all_train(results: te.SweepResults) -> None:
+    wait_for(
+        lambda: all(record.reports or record.state.is_final for record in results.records()),
+        "the first epoch of every trial",
+        PATIENCE_SECONDS,
+    )
+
+
+def require_same(frame: pd.DataFrame, undisturbed: Any) -> None:
+    for _, row in frame.iterrows():
+        assert row["state"] == "finished", row["error"]
+        for column in ("num_samples", "optimizer_steps", "epochs", "effective_batch_size"):
+            assert row[column] == undisturbed[column], column
+        for column in ("train_loss_last", "val_loss_last"):
+            assert row[column] == pytest.approx(undisturbed[column], rel=1e-10), column
+
+
+def test_what_ran_on_a_lost_node_and_on_one_that_is_taken_back_goes_on_elsewhere(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    taken_back, lost = (cluster.add_node(num_cpus=2, resources={"fake_gpu": 2}) for _ in range(2))
+    sweep = gpu_sweep(tmp_path)
+    driver = start_driver(sweep, cluster.address)
+    results = results_of(sweep)
+    wait_until_all_train(results)
+    raylet = taken_back.all_processes["raylet"][0].process.pid
+    send(family(raylet), signal.SIGTERM)  # as a machine does that is switched off
+    cluster.remove_node(lost, allow_graceful=False)  # as if its plug was pulled
+    cluster.add_node(num_cpus=4, resources={"fake_gpu": 4})
+    _, err = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert driver.returncode == 0, err
+
+    frame = results.frame()
+    require_same(frame, undisturbed)
+    assert list(frame["num_failures"]) == [1, 1, 1, 1]
+    stored = list(results.run_dir.glob("ray/*/checkpoint_at_sigterm/checkpoint.pt"))
+    assert len(stored) == 2, "the two that were told of it stored what they had"
+    for path in stored:
+        in_epoch = load_checkpoint(path)["part"]
+        assert 0 < in_epoch["num_windows"] <= 4, "in the middle of an epoch"
+
+
+def test_a_sweep_whose_head_is_lost_goes_on_elsewhere(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=2, resources={"fake_gpu": 4})
+    sweep = gpu_sweep(tmp_path)
+    driver = start_driver(sweep, cluster.address)
+    results = results_of(sweep)
+    wait_for(lambda: any(r.reports for r in results.records()), "the first epoch", PATIENCE_SECONDS)
+    before = {record.trial_id: len(record.reports) for record in results.records()}
+    head = cluster.head_node.all_processes
+    send([started.process.pid for kind in ("gcs_server", "raylet") for started in head[kind]], signal.SIGKILL)
+    driver.communicate(timeout=PATIENCE_SECONDS)
+    assert driver.returncode != 0
+    cluster.shutdown()
+
+    resources = sweep["trial"]["resources"]
+    stored = json.loads((results.run_dir / "sweep.json").read_text())
+    stored["trial"]["resources"] = {**resources, "custom": {}}  # a machine without such GPUs
+    (results.run_dir / "sweep.json").write_text(json.dumps(stored))
+    require_same(te.resume(results.run_dir, quiet=True).frame(), undisturbed)
+    assert all(len(r.reports) >= before[r.trial_id] for r in te.load_results(results.run_dir).records())

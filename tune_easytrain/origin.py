@@ -1,0 +1,106 @@
+"""`Origin`: the files that a sweep was made from, and what has changed in them since."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.errors import ConfigError, TaskError
+from tune_easytrain.task_source import find_file
+
+_MOST_LINES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sweep came from.
+
+    Attributes:
+        sweep_file: the sweep file's path; None where the sweep was given as a dict.
+        overrides: what `--set` added to it.
+        code: SHA-256 of each file that a function of the sweep was loaded from, by path.
+    """
+
+    sweep_file: str | None
+    overrides: Sequence[str]
+    code: Mapping[str, str]
+
+    @classmethod
+    def of(cls, config: SweepConfig) -> Origin:
+        """Look at the files as they are now."""
+        path, code = config.source_path, {}
+        for key, name in {"task": config.task, "train.function": config.train.function}.items():
+            place = (name or "").rpartition(":")[0]
+            if path is not None and place.endswith(".py"):
+                with contextlib.suppress(TaskError, OSError):  # a function was given in its place
+                    file = find_file(place, key, config.project_root, path.parent).resolve()
+                    code[str(file)] = _digest(file)
+        return cls(None if path is None else str(path), config.overrides, code)
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def load(cls, path: Path) -> Origin:
+        """Read what `save` wrote; what is not there, or damaged, says nothing."""
+        try:
+            values = json.loads(path.read_text())
+            name = values["sweep_file"]
+            return cls(None if name is None else str(name), list(values["overrides"]), dict(values["code"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return cls(None, [], {})
+
+    def describe_changes(self, sweep: Mapping[str, Any]) -> list[str]:
+        """Return lines on what has changed since; none where nothing has.
+
+        Args:
+            sweep: the resolved sweep that was stored, and that is gone on with.
+        """
+        lines = list(self._changes_of_code())
+        if self.sweep_file is not None and Path(self.sweep_file).is_file():
+            try:
+                now = load_config(self.sweep_file, overrides=self.overrides).resolved()
+            except ConfigError:
+                lines.append(f"{self.sweep_file} has changed since the sweep began, and is faulty now")
+            else:
+                keys = [
+                    f"  {key}: {_shown(was)} is now {_shown(is_now)}"
+                    for key, was, is_now in _differences(json.loads(json.dumps(sweep)), now)
+                ]
+                if keys:
+                    lines += [f"{self.sweep_file} has changed since the sweep began:", *keys[:_MOST_LINES]]
+                if len(keys) > _MOST_LINES:
+                    lines.append(f"  and {len(keys) - _MOST_LINES} more keys")
+        if lines:
+            lines.append("The sweep goes on as it began; for what is new start another one with `run`")
+        return lines
+
+    def _changes_of_code(self) -> Iterator[str]:
+        for name, digest in self.code.items():
+            if Path(name).is_file() and _digest(Path(name)) != digest:
+                yield f"{name} has changed since the sweep began; its code of then is used"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _differences(was: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        if was != json.loads(json.dumps(now)):
+            yield prefix.removesuffix("."), was, now
+        return
+    for key in dict.fromkeys([*was, *now]):
+        yield from _differences(was.get(key), now.get(key), f"{prefix}{key}.")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"

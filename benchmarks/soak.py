@@ -3,9 +3,10 @@
     python benchmarks/soak.py [--num-trials 1000] [--seed 0] [--json soak_2_cores.json]
 
 A cluster of a head and three nodes on this machine runs the same small trial many times. A schedule that is
-drawn from the seed kills the child of a trial, the Ray worker of one, or a whole node, which is then replaced.
-At the end every trial must have ended once, with the same loss up to rounding; the driver's memory and open
-files are watched meanwhile. It stops by itself after `--most-minutes`. Exit code 1 if anything is wrong.
+drawn from the seed kills the child of a trial, the Ray worker of one, or a whole node, which another one then
+replaces. At the end every trial must have ended once, with the same loss up to rounding; the driver's memory
+and open files are watched meanwhile. It stops by itself after `--most-minutes`. Exit code 1 if anything is
+wrong.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ def soak(num_trials: int, seed: int, mean_seconds: float, most_minutes: float) -
 
 
 def main() -> None:
+    """Run it as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

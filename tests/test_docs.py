@@ -582,6 +582,37 @@ def test_the_trial_of_a_training_function_has_what_is_said() -> None:
     assert (probe.MAX_ATTEMPTS, probe.SMALLEST_GAIN) == (5, 0.10)
 
 
+@pytest.mark.parametrize("document", ["docs/reliability.md", "docs/security.md"])
+def test_the_tests_that_are_to_show_it_are_there(document: str) -> None:
+    rows = table_below(document, document_title(document))
+    assert len(rows) > 5
+    for *_, tests in rows:
+        for name in re.findall(r"`([^`]+)`", tests):
+            places = [ROOT / "tests/integration/faults" / name, ROOT / name, ROOT / "tests" / name]
+            assert any(place.is_file() for place in places), name
+
+
+def test_the_soak_is_what_was_measured() -> None:
+    figures = json.loads((ROOT / "benchmarks/soak_2_cores.json").read_text())
+    killed = figures["killed"]
+    samples = [sample for sample in figures["driver"] if sample["ended"]]
+    first, last = (round(samples[which]["memory_mib"]) for which in (0, -1))
+    assert figures["faults"] == []
+    assert figures["states"] == {"finished": 1000}
+    assert [value for _, value in table_below("docs/reliability.md", "## Soak")] == [
+        "1,000, all finished once, with the same losses",
+        f"{killed['child']} children, {killed['worker']} Ray workers, {killed['node']} nodes",
+        f"{figures['num_failures']}, of one trial {figures['most_failures_of_a_trial']} at most",
+        f"{figures['minutes']:g}",
+        f"{first} to {last} MiB",
+        f"{max(sample['open_files'] for sample in samples):g} at most",
+    ]
+
+
+def document_title(document: str) -> str:
+    return (ROOT / document).read_text().splitlines()[0]
+
+
 def test_the_gpus_are_the_codes() -> None:
     rows = table_below("docs/memory.md", "## The GPUs")
     assert rows == [[gpu.name, f"{gpu.total_bytes / 2**30:.1f} GiB"] for gpu in ACCELERATORS]

@@ -64,9 +64,9 @@ def test_a_killed_driver_lets_go(tmp_path: Path) -> None:
 def test_the_lock_is_let_go_also_by_an_error_inside(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError("x")
-    with locked(tmp_path), pytest.raises(RunDirectoryError, match=f"process {os.getpid()} "):
-        with locked(tmp_path):
-            pytest.fail("this process is a driver twice")
+    twice = pytest.raises(RunDirectoryError, match=f"process {os.getpid()} ")
+    with locked(tmp_path), twice, locked(tmp_path):
+        pytest.fail("this process is a driver twice")
     with locked(tmp_path):
         pass
 

@@ -18,7 +18,7 @@ from toys import make_opening
 from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.errors import ChildDiedError, OutOfMemoryInTrainingError
 from tune_easytrain.function_child import FunctionChild
-from tune_easytrain.protocol import Continue, Finished, Report, TrainRequest
+from tune_easytrain.protocol import Continue, Finished, Report, Terminated, TrainRequest
 from tune_easytrain.task_source import pickle_function
 
 MIB = 2**20
@@ -138,3 +138,31 @@ def test_a_function_that_does_not_return_after_its_last_report_costs_the_child(
     assert run(child, look_around, tmp_path)["pid"] != before
     with pytest.raises(ProcessLookupError):
         os.kill(int(before), 0)
+
+
+def wait_for_the_end(config: dict[str, Any], trial: Any) -> None:
+    trial.report({"pid": os.getpid()})
+    while not trial.is_ending:
+        time.sleep(0.01)
+    trial.end({})
+
+
+def test_a_trial_that_is_told_to_end_costs_the_child(child: FunctionChild, tmp_path: Path) -> None:
+    opening = make_opening(
+        None,
+        tmp_path,
+        function_payload=pickle_function(wait_for_the_end, "train.function"),
+        config={},
+        probe="off",
+    )
+    trial = child.begin(opening)
+    trial.open()
+    trial.send(TrainRequest(None))
+    report = trial.receive(60)
+    trial.terminate()
+    trial.send(Continue())
+    assert trial.receive(60) == Terminated("there is no storage")
+    trial.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(report.metrics["pid"]), 0)
+    assert run(child, look_around, tmp_path)["pid"] != report.metrics["pid"]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tune_easytrain.loader_errors import is_lost_loader
@@ -28,8 +26,8 @@ def leave() -> None:
     os._exit(3)
 
 
-def leave_in_order() -> None:
-    sys.exit(0)
+def miss_a_file() -> None:
+    raise FileNotFoundError("clip.avi")
 
 
 def raise_a_bug() -> None:
@@ -46,11 +44,11 @@ class Faulty(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if index == 5:
             self._fault()
-        return torch.zeros(1)
+        return index
 
 
 def error_of(fault: Callable[[], None]) -> BaseException:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises((RuntimeError, OSError, EOFError)) as caught:
         list(DataLoader(Faulty(fault), num_workers=2, multiprocessing_context="fork"))
     return caught.value
 
@@ -60,13 +58,16 @@ def test_processes_that_are_gone_are_told_from_bugs(fault: Callable[[], None]) -
     assert is_lost_loader(error_of(fault))
 
 
-def test_an_error_of_the_data_is_none_of_it() -> None:
-    assert not is_lost_loader(error_of(raise_a_bug))
+@pytest.mark.parametrize("fault", [raise_a_bug, miss_a_file])
+def test_an_error_of_the_data_is_none_of_it(fault: Callable[[], None]) -> None:
+    assert not is_lost_loader(error_of(fault))
 
 
 def test_a_process_killed_while_others_compute_is_seen_at_once() -> None:
     """By a signal, in the middle of whatever the training process does."""
-    batches = iter(DataLoader(Faulty(lambda: None), num_workers=1, multiprocessing_context="fork"))
+    batches = iter(
+        DataLoader(Faulty(lambda: None), num_workers=1, multiprocessing_context="fork", collate_fn=list)
+    )
     next(batches)
     (process,) = batches._workers  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError) as caught:  # noqa: PT012 -- it comes in the middle of the waiting

@@ -523,6 +523,21 @@ def test_an_own_function_stores_what_it_has_when_it_is_told_to_end(tmp_path: Pat
         assert trial.kinds() == [Started, Planned, *[Reported] * (1 + reports), Interrupted]
 
 
+def report_while_told(config: dict[str, Any], trial: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    trial.report({"train_loss": 0.0})  # without a checkpoint: it has yet to store one
+    trial.end({"num_done": 1})
+
+
+def test_a_report_without_a_checkpoint_does_not_end_a_function_that_has_one_to_store(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path / "store"))
+    trial = start(function=report_while_told, store=store, probe="off")
+    assert next(trial.reports).metrics["train_loss"] == 0.0
+    with pytest.raises(TerminatedError, match="in good order"):
+        next(trial.reports)
+    assert store.fetch_newest(tmp_path / "newest.pt")
+
+
 def go_on_whatever_it_is_told(config: dict[str, Any], trial: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3600)

@@ -53,7 +53,7 @@ def build_slow(config: dict[str, Any]) -> Task:
 
 
 def test_what_hangs_before_anything_is_tried_is_told_with_its_place(begin: Begin) -> None:
-    with pytest.raises(TrialHungError, match="building the task .* more than 2 s") as caught:
+    with pytest.raises(TrialHungError, match=r"building the task .* more than 2 s") as caught:
         begin(build_that_hangs, probe_timeout_seconds=2.0).open()
     assert "build_that_hangs" in str(caught.value)
     assert isinstance(caught.value, ChildDiedError)  # so it is tried again

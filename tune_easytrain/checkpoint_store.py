@@ -50,8 +50,9 @@ class CheckpointStore:
             temporary.replace(target)
             return
         self.filesystem.create_dir(folder, recursive=True)
-        with path.open("rb") as source, self.filesystem.open_output_stream(target) as file:
+        with path.open("rb") as source, self.filesystem.open_output_stream(f"{target}.tmp") as file:
             shutil.copyfileobj(source, file)
+        self.filesystem.move(f"{target}.tmp", target)
 
     def fetch_newest(self, path: Path) -> bool:
         """Copy the newest checkpoint that is whole to `path`; return whether there is one.

@@ -141,7 +141,7 @@ def probe(
     except Exception as error:
         if not hasattr(error, "__notes__"):
             raise
-        from tune_easytrain.trial import failed_event
+        from tune_easytrain.trial_events import failed_event
 
         to_err(failed_event(error).details)  # the task's own error, with the child's traceback
         raise typer.Exit(EXIT_FAILED) from None

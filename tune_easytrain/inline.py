@@ -22,13 +22,11 @@ from tune_easytrain.search_space import build_trial_space, num_draws, param_spac
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.trial import (
     chosen_strategies,
-    describe_change,
-    describe_plan,
-    failed_event,
     require_metric,
     require_report,
     with_rescues_published,
 )
+from tune_easytrain.trial_events import describe_change, describe_plan, failed_event
 
 
 def run_trials_inline(

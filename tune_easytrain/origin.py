@@ -84,8 +84,9 @@ class Origin:
 
     def _changes_of_code(self) -> Iterator[str]:
         for name, digest in self.code.items():
-            if Path(name).is_file() and _digest(Path(name)) != digest:
-                yield f"{name} has changed since the sweep began; its code of then is used"
+            with contextlib.suppress(OSError, ValueError):  # not there, not to be read, no path
+                if _digest(Path(name)) != digest:
+                    yield f"{name} has changed since the sweep began; its code of then is used"
 
 
 def _digest(path: Path) -> str:

@@ -23,7 +23,7 @@ from tune_easytrain.events import (
 )
 from tune_easytrain.mirror import Mirror
 from tune_easytrain.run_directory import RunDirectory
-from tune_easytrain.sweep_trial import TRAINING_ENDED
+from tune_easytrain.sweep_shared import TRAINING_ENDED
 from tune_easytrain.trial_record import TrialRecord, TrialState
 
 _DRAIN_INTERVAL_SECONDS = 0.25

@@ -291,6 +291,10 @@ def _sweep_fault(sweep: Any) -> str:
         return "run.metric is no text"
     if sweep["run"].get("mode") not in ("min", "max"):
         return "run.mode is neither min nor max"
+    try:
+        json.dumps(sweep, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text in it is half of a surrogate pair"
     return ""
 
 

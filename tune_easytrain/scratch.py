@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 _PREFIX = "tune_easytrain_scratch_"
+_NEW_PREFIX = "tune_easytrain_new_scratch_"
 _LOCK_NAME = "in_use"
 
 
@@ -25,9 +26,11 @@ class ScratchFolder:
 
     def __init__(self) -> None:
         _remove_abandoned()
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        made = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
+        self._lock = os.open(made / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Only with its lock it gets the name by which others look for what is abandoned.
+        self.path = made.rename(made.with_name(made.name.replace(_NEW_PREFIX, _PREFIX, 1)))
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import Distribution
 from tune_easytrain.search_space import distributions, param_space, perturbed_keys
-from tune_easytrain.sweep_trial import TIME
+from tune_easytrain.sweep_shared import TIME
 
 _EPOCHS_UNKNOWN = 10**9
 """What stands for the epochs of a trial whose budget is in samples or steps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.child_process import modules_to_preload, start_forkserver
-from tune_easytrain.cluster import beside_driver, check_local_gpu, placement, ray_session
+from tune_easytrain.cluster import beside_driver, check_local_gpu, ray_session
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.errors import InsufficientResourcesError, RunDirectoryError, StorageLostError
 from tune_easytrain.events import Created, append_events, load_events
@@ -32,25 +31,21 @@ from tune_easytrain.ray_snapshot import is_whole
 from tune_easytrain.recorder import SweepCallback, SweepRecorder
 from tune_easytrain.results import SweepResults
 from tune_easytrain.run_directory import RunDirectory, trial_id
-from tune_easytrain.search_algorithms import build_scheduler, build_searcher, num_checkpoints_kept
 from tune_easytrain.search_space import (
-    build_trial_space,
     grid_keys,
     known_configs,
-    num_draws,
     num_experiments,
     num_repeats,
-    param_space,
     varied_keys,
 )
 from tune_easytrain.storage import Storage
 from tune_easytrain.sweep_hub import start_sweep_hub
 from tune_easytrain.sweep_plan import build_plan
-from tune_easytrain.sweep_trial import SweepShared, SweepTrial, trial_name
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
 from tune_easytrain.trial_record import TrialRecord
 from tune_easytrain.trial_request import TrialRequests
+from tune_easytrain.tuner import build_trainable, build_tuner
 
 
 def run(
@@ -223,13 +218,13 @@ def _fit(
             begun = {} if is_restorable else {n: r.config for n, r in records.items() if r.has_begun}
             checkpoints = CheckpointStore(ray_path, filesystem)
             ended = {name: dict(record.last) for name, record in records.items() if record.state.is_final}
-            trainable = _trainable(config, functions, requests, hub, ended, begun, checkpoints)
+            trainable = build_trainable(config, functions, requests, hub, ended, begun, checkpoints)
             if is_restorable:
                 tuner = tune.Tuner.restore(
                     ray_path, trainable, resume_unfinished=True, storage_filesystem=filesystem
                 )
             else:
-                tuner = _new_tuner(config, directory, trainable, max_experiments)
+                tuner = build_tuner(config, directory, trainable, max_experiments)
             with interruption.watched():
                 tuner.fit()
         except InsufficientResourcesError as error:
@@ -255,71 +250,3 @@ def _storage_failure(error: OSError | tune.TuneError) -> str | None:
     if not lines or not (isinstance(error, OSError) or lines[-1].startswith("OSError: ")):
         return None
     return lines[-1].removeprefix("OSError: ").partition(";")[0]
-
-
-def _trainable(
-    config: SweepConfig,
-    functions: tuple[bytes | None, bytes | None],
-    requests: TrialRequests,
-    hub: Any,
-    ended: Mapping[str, Mapping[str, float]],
-    begun: Mapping[str, dict[str, Any]],
-    checkpoints: CheckpointStore,
-) -> Any:
-    task, function = functions
-    space = build_trial_space(config)
-    shared = SweepShared(
-        sweep_name=config.name,
-        space=space,
-        task_payload=task,
-        function_payload=function,
-        num_workers=config.trial.num_workers,
-        metric=config.run.metric,
-        mode=config.run.mode,
-        hub=hub,
-        ended=ended,
-        begun=begun,
-        checkpoints=checkpoints,
-        preloaded_modules=modules_to_preload(task, function),
-        timeout_seconds=config.trial.timeout,
-        grace_seconds=config.trial.grace,
-    )
-    trainable = tune.with_resources(
-        tune.with_parameters(SweepTrial, shared=shared),
-        lambda params: placement(requests.of(space.point_from_ray(params))),
-    )
-    trainable.__qualname__ = SweepTrial.__qualname__  # Ray's dashboard shows it
-    return trainable
-
-
-def _new_tuner(
-    config: SweepConfig, directory: RunDirectory, trainable: Any, max_experiments: int
-) -> tune.Tuner:
-    run_config = config.run
-    return tune.Tuner(
-        trainable,
-        param_space=param_space(config, max_experiments=max_experiments),
-        tune_config=tune.TuneConfig(
-            metric=run_config.metric,
-            mode=run_config.mode,
-            search_alg=build_searcher(config),
-            scheduler=build_scheduler(config),
-            num_samples=num_draws(config, max_experiments),
-            max_concurrent_trials=run_config.max_concurrent,
-            reuse_actors=True,
-            trial_name_creator=trial_name,
-            trial_dirname_creator=trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=posixpath.basename(directory.ray_place[0]),
-            storage_path=posixpath.dirname(directory.ray_place[0]),
-            storage_filesystem=directory.ray_place[1],
-            callbacks=[SweepCallback(directory.key)],
-            # Every report with a checkpoint has it stored; at the end it would be stored once more.
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=num_checkpoints_kept(config), checkpoint_at_end=False
-            ),
-            failure_config=tune.FailureConfig(max_failures=config.trial.max_failures),
-            verbose=0,
-        ),
-    )

@@ -11,11 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import tune
@@ -34,17 +34,11 @@ from tune_easytrain.scratch import ScratchFolder
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.shared_probe_cache import SharedProbeCache
 from tune_easytrain.sweep_hub import EventSender
+from tune_easytrain.sweep_shared import TIME, TRAINING_ENDED, SweepShared
 from tune_easytrain.trial import TrialSpec, run_trial
 from tune_easytrain.trial_children import TrialChildren, TrialProcesses
-from tune_easytrain.trial_space import TrialSpace
 from tune_easytrain.worker_actor import WorkerActors
 from tune_easytrain.workers import WorkerProcesses
-
-TRAINING_ENDED = "training_ended"
-"""What Ray's last result of a trial holds besides its metrics, unless the trial failed or was stopped."""
-
-TIME = "epoch"
-"""What schedulers go by: the metric that counts a trial's reports."""
 
 _WRITER_NAME = "written_by"
 """The file beside a stored checkpoint with the id of its trial; a scheduler may hand it to another one."""
@@ -53,35 +47,6 @@ _STORAGE_PATIENCE_SECONDS = 60.0
 """How long a trial that begins, or has ended, waits for a storage that is not there."""
 
 _STORAGE_PAUSE_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class SweepShared:
-    """What all trials of a sweep have in common.
-
-    `num_workers` is how many workers the sweep file gives a trial; one that fits on no GPU may have got more,
-    to share out its model.
-    `ended` holds, for a resumed sweep, the last metrics of every trial that had already ended;
-    `hub` is the handle of the sweep's `SweepHub`.
-    Of trials that have begun, but not as far as Ray knows, `begun` holds the configs, with the values drawn
-    for them. `checkpoints` is the folder, and the file system, with a folder of checkpoints for every trial.
-    `timeout_seconds` and `grace_seconds` are those of a `TrialSpec`.
-    """
-
-    sweep_name: str
-    space: TrialSpace
-    task_payload: bytes | None
-    function_payload: bytes | None
-    num_workers: int
-    metric: str
-    mode: Literal["min", "max"]
-    hub: Any
-    ended: Mapping[str, Mapping[str, float]]
-    begun: Mapping[str, dict[str, Any]]
-    checkpoints: CheckpointStore
-    preloaded_modules: tuple[str, ...]
-    timeout_seconds: float | None
-    grace_seconds: float
 
 
 class SweepTrial(tune.Trainable):

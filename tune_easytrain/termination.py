@@ -37,6 +37,7 @@ class Termination:
         try:
             yield
         finally:
+            signal.alarm(0)
             signal.signal(signal.SIGTERM, before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

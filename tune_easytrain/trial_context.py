@@ -113,7 +113,7 @@ class TrialContext:
                 numbers, self.memory.peak_bytes(), None if path is None else str(path), is_final, reason, lost
             )
         )
-        if self.is_ending:
+        if checkpoint is not None and self.is_ending:
             raise EndRequested(lost)
 
     def end(self, checkpoint: Mapping[str, Any]) -> NoReturn:

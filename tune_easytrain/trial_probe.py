@@ -20,8 +20,9 @@ from tune_easytrain.probe import Attempt, describe_attempt
 from tune_easytrain.protocol import Opened, Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
-from tune_easytrain.trial import describe_plan, open_trial
+from tune_easytrain.trial import open_trial
 from tune_easytrain.trial_children import TrialChildren
+from tune_easytrain.trial_events import describe_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 
 import tune_easytrain as te
 from tune_easytrain.config import load_config
-from tune_easytrain.events import Probed, Reported, Rescued, load_events
+from tune_easytrain.events import Interrupted, Probed, Reported, Rescued, Started, load_events
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
@@ -180,11 +180,17 @@ def test_after_memory_ran_out_on_one_rank_a_sharded_model_goes_on_smaller(
     assert_the_same(trial, alone)
 
 
-def test_the_death_of_one_rank_ends_the_trial_and_hangs_nobody(trials: dict[Case, Trial]) -> None:
+def test_the_death_of_one_rank_hangs_nobody_and_the_trial_goes_on_with_the_same_numbers(
+    trials: dict[Case, Trial], alone: Trial
+) -> None:
     """Nor does it harm the trials that come after it on the same workers."""
-    row = trials[KILLED].row
-    assert row["state"] == "failed"
-    assert "ChildDiedError: the trial's process was ended by SIGKILL" in row["error"]
+    trial = trials[KILLED]
+    assert (trial.row["state"], trial.row["num_failures"]) == ("finished", 1), trial.row["error"]
+    (interrupted,) = trial.events(Interrupted)
+    assert "ChildDiedError: the trial's process was ended by SIGKILL" in interrupted.reason
+    assert len(trial.events(Started)) == 2
+    assert_the_same(trial, alone)
+    assert sum(other.row["num_failures"] for other in trials.values()) == 1
 
 
 UNEVEN_CASES = {

@@ -1,4 +1,4 @@
-"""Snapshots as Ray Tune writes them; `tests/integration/test_resume.py` has a real one."""
+"""Snapshots as Ray Tune writes them; `tests/integration/faults/test_resume.py` has a real one."""
 
 from __future__ import annotations
 

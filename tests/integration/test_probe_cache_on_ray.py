@@ -67,6 +67,7 @@ def test_each_model_is_searched_once_also_by_a_resumed_sweep(hungry_sweep):
 def test_the_next_trial_searches_when_the_one_that_searched_is_killed(hungry_sweep, tmp_path):
     hungry_sweep["task"] = f"{TASKS}:{build_task_that_hangs_once.__name__}"
     hungry_sweep["config"] = {"toy": {"pid": str(tmp_path / "pid")}}
+    hungry_sweep.setdefault("trial", {})["max_failures"] = 0
     storage = Path(hungry_sweep["run"]["storage"])
 
     def kill_the_worker_that_searches() -> None:

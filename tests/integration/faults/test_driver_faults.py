@@ -68,7 +68,7 @@ def resume(results: te.SweepResults) -> subprocess.CompletedProcess[str]:
 def test_ctrl_c_once_ends_a_sweep_in_good_order_and_resume_tells_what_was_edited_since(
     undisturbed: pd.DataFrame, tmp_path: Path
 ) -> None:
-    sweep, file = make_paced(tmp_path), tmp_path / "sweep.yaml"
+    sweep, file = make_paced(tmp_path, pace=0.8), tmp_path / "sweep.yaml"
     driver, results = start_until_the_second_trial(sweep, file)
     again = resume(results)
     assert again.returncode == 2

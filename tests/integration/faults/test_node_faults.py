@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from cluster_process import ClusterProcess
 from fault_sweeps import make_sweep
 from processes import family, send
 from waiting import wait_for
@@ -34,13 +35,11 @@ IMPATIENT = {
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
     """A head that drives; the test adds nodes to it."""
     for name, value in IMPATIENT.items():
         monkeypatch.setenv(name, value)
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = ClusterProcess()
     try:
         yield made
     finally:
@@ -96,17 +95,16 @@ def require_same(frame: pd.DataFrame, undisturbed: Any) -> None:
 
 
 def test_what_ran_on_a_lost_node_and_on_one_that_is_taken_back_goes_on_elsewhere(
-    cluster: Any, undisturbed: Any, tmp_path: Path
+    cluster: ClusterProcess, undisturbed: Any, tmp_path: Path
 ) -> None:
-    taken_back, lost = (cluster.add_node(num_cpus=2, resources={"fake_gpu": 2}) for _ in range(2))
+    taken_back, lost = (cluster.add_node(2) for _ in range(2))
     sweep = gpu_sweep(tmp_path)
     driver = start_driver(sweep, cluster.address)
     results = results_of(sweep)
     wait_until_all_train(results)
-    raylet = taken_back.all_processes["raylet"][0].process.pid
-    send(family(raylet), signal.SIGTERM)  # as a machine does that is switched off
-    cluster.remove_node(lost, allow_graceful=False)  # as if its plug was pulled
-    cluster.add_node(num_cpus=4, resources={"fake_gpu": 4})
+    send(family(taken_back), signal.SIGTERM)  # as a machine does that is switched off
+    cluster.lose(lost)  # as if its plug was pulled
+    cluster.add_node(4)
     _, err = driver.communicate(timeout=PATIENCE_SECONDS)
     assert driver.returncode == 0, err
 
@@ -120,18 +118,18 @@ def test_what_ran_on_a_lost_node_and_on_one_that_is_taken_back_goes_on_elsewhere
         assert 0 < in_epoch["num_windows"] <= 4, "in the middle of an epoch"
 
 
-def test_a_sweep_whose_head_is_lost_goes_on_elsewhere(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
-    cluster.add_node(num_cpus=2, resources={"fake_gpu": 4})
+def test_a_sweep_whose_head_is_lost_goes_on_elsewhere(
+    cluster: ClusterProcess, undisturbed: Any, tmp_path: Path
+) -> None:
+    cluster.add_node(4)
     sweep = gpu_sweep(tmp_path)
     driver = start_driver(sweep, cluster.address)
     results = results_of(sweep)
     wait_for(lambda: any(r.reports for r in results.records()), "the first epoch", PATIENCE_SECONDS)
     before = {record.trial_id: len(record.reports) for record in results.records()}
-    head = cluster.head_node.all_processes
-    send([started.process.pid for kind in ("gcs_server", "raylet") for started in head[kind]], signal.SIGKILL)
+    cluster.lose("head")
     driver.communicate(timeout=PATIENCE_SECONDS)
     assert driver.returncode != 0
-    cluster.shutdown()
 
     resources = sweep["trial"]["resources"]
     stored = json.loads((results.run_dir / "sweep.json").read_text())

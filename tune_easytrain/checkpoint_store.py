@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tune_easytrain.whole_file import whole_file
 
 CHECKPOINT_NAME = "checkpoint.pt"
 """The file in each of the folders that hold a checkpoint."""
@@ -42,12 +43,8 @@ class CheckpointStore:
         target = f"{folder}/{CHECKPOINT_NAME}"
         if self.filesystem is None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            temporary = Path(f"{target}.tmp")
-            with path.open("rb") as source, temporary.open("wb") as file:
+            with path.open("rb") as source, whole_file(Path(target)) as file:
                 shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
             return
         self.filesystem.create_dir(folder, recursive=True)
         with path.open("rb") as source, self.filesystem.open_output_stream(f"{target}.tmp") as file:

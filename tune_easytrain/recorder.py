@@ -149,8 +149,7 @@ class SweepRecorder:
             told.setdefault(trial_id, []).append(end)
         for trial_id, events in told.items():
             self.record(trial_id, *events)
-        if self._storage_error is not None:
-            self.write()
+        self.write()
 
     def finish(self, patience_seconds: float = _PATIENCE_SECONDS) -> None:
         """Write what is still on its way at the end of the sweep, and which trials that has interrupted.

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from tune_easytrain.errors import RunDirectoryError, StorageError
 from tune_easytrain.local_copy import copy_path, fetch, fetch_file, load_driver
 from tune_easytrain.ownership import require_own
 from tune_easytrain.storage import Storage
+from tune_easytrain.whole_file import whole_file
 
 _REFRESH_SECONDS = 2.0
 
@@ -198,7 +198,8 @@ class RunDirectory:
 
     def save_sweep(self, sweep: Mapping[str, Any]) -> None:
         """Write the resolved sweep."""
-        _write_whole(self.sweep_path, json.dumps(sweep, indent=2).encode())
+        with whole_file(self.sweep_path) as file:
+            file.write(json.dumps(sweep, indent=2).encode())
 
     def load_sweep(self) -> dict[str, Any]:
         """Read the resolved sweep; raises RunDirectoryError where it is damaged."""
@@ -212,7 +213,8 @@ class RunDirectory:
         """Write the pickled functions of the sweep."""
         for path, payload in ((self.task_path, task), (self.train_function_path, train_function)):
             if payload is not None:
-                _write_whole(path, payload)
+                with whole_file(path) as file:
+                    file.write(payload)
 
     def require_own(self) -> None:
         """Raise RunDirectoryError where another user could have changed what is unpickled from here.
@@ -236,12 +238,3 @@ class RunDirectory:
 def trial_id(index: int) -> str:
     """Return the id of the sweep's trial number `index`, from 0; ids sort as the trials do."""
     return f"trial_{index:05d}"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -110,7 +110,6 @@ class SweepTrial(tune.Trainable):
     def _set_trial(self, config: dict[str, Any]) -> None:
         self._config = config
         self._is_over = False
-        self._known_config: dict[str, Any] | None = None
         self._is_resumed = False
         self._writer = self._cloned_from = ""
 
@@ -130,7 +129,6 @@ class SweepTrial(tune.Trainable):
         if self._is_interrupted:
             return self._wait_for_end()
         if self._reports is None:
-            self._known_config = None if self._cloned_from else self._shared.begun.get(name)
             self._take_newest_checkpoint()
             self._reports = self._run()
         try:
@@ -273,7 +271,8 @@ class SweepTrial(tune.Trainable):
 
     def _spec(self) -> TrialSpec:
         shared = self._shared
-        config = copy.deepcopy(self._known_config) or shared.space.config_from_ray(self._config)
+        known = None if self._cloned_from else shared.begun.get(self.trial_name)
+        config = copy.deepcopy(known) or shared.space.config_from_ray(self._config)
         bundle, num_workers = self._bundles[0], len(self._bundles)
         if num_workers > shared.num_workers:
             config["memory"]["sharding"] = "full"

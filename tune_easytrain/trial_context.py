@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from tune_easytrain.protocol import PlanChanged, Report
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task import Task
 from tune_easytrain.termination import EndRequested, Termination
+from tune_easytrain.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -164,18 +164,13 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """
     import torch
 
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         if isinstance(error.__context__, OSError):  # torch makes a RuntimeError of it
             raise error.__context__ from error
         raise
-    temporary.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

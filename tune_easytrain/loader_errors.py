@@ -23,5 +23,7 @@ def is_lost_loader(error: BaseException) -> bool:
         return _LOST.search(str(error)) is not None
     if not isinstance(error, (OSError, EOFError)):
         return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return _IN_PIN_THREAD in str(error) or any(frame.name == _READS_FROM_WORKERS for frame in frames)
+    frames = traceback.walk_tb(error.__traceback__)
+    return _IN_PIN_THREAD in str(error) or any(
+        frame.f_code.co_name == _READS_FROM_WORKERS for frame, _ in frames
+    )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,14 @@ def local_ray() -> Iterator[None]:
 
     with ray_session("local"):
         yield
+
+
+@pytest.fixture
+def cluster_environment() -> Iterator[dict[str, str]]:
+    """Variables for processes that make clusters: Ray notes their addresses where other tests do not look."""
+    folder = tempfile.mkdtemp(prefix="te_", dir="/tmp")  # sockets in it need a short path
+    yield os.environ | {"RAY_TMPDIR": folder}
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -41,13 +41,15 @@ finally:
 """
 
 
-def test_a_sweep_joins_a_cluster_and_asks_for_what_its_nodes_have(toy_sweep, tmp_path: Path):
+def test_a_sweep_joins_a_cluster_and_asks_for_what_its_nodes_have(
+    toy_sweep, tmp_path: Path, cluster_environment: dict[str, str]
+):
     toy_sweep["trial"] = {"resources": {"cpu": 1, "accelerator_type": "T4", "custom": {"video_card": 2}}}
     script = tmp_path / "drive.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(toy_sweep)],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=cluster_environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     frame, refusal, no_such_gpu, two_workers, too_many = done.stdout.strip().splitlines()[-5:]

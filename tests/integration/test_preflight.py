@@ -86,7 +86,7 @@ def mount_namespaces() -> None:
 
 @pytest.mark.usefixtures("mount_namespaces")
 def test_all_faults_of_all_nodes_are_told_and_nothing_pends_for_ever(
-    toy_sweep: dict[str, Any], tmp_path: Path
+    toy_sweep: dict[str, Any], tmp_path: Path, cluster_environment: dict[str, str]
 ) -> None:
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
@@ -101,7 +101,7 @@ def test_all_faults_of_all_nodes_are_told_and_nothing_pends_for_ever(
     hidden = f"{tmp_path / 'data'}:{tmp_path / 'runs'}"
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(toy_sweep), hidden],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | SOON_KNOWN_DEAD,
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=cluster_environment | SOON_KNOWN_DEAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = [line.removeprefix("told: ") for line in done.stdout.splitlines() if line.startswith("told: ")]

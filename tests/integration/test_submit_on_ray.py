@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -123,10 +124,18 @@ class Head:
     port: int
     home: Path
     environment: dict[str, str]
+    process: subprocess.Popen[bytes]
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def story(self) -> str:
+        """What there is to read of it when a test fails."""
+        state = "runs" if self.process.poll() is None else f"ended with {self.process.returncode}"
+        logs = sorted(self.home.glob("ray/session_*/logs/*.err")) + [self.home / "head.log"]
+        ends = "".join(f"\n--- {log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
+        return f"the head {state}{ends}"
 
     def start(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
         """Start the command line in a terminal of its own, as it were."""
@@ -144,9 +153,11 @@ class Head:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
+    """A port that nobody has, nor will be given by the kernel before its process binds to it."""
+    while True:
+        port = random.randrange(21_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -181,7 +192,7 @@ def head() -> Iterator[Head]:
         start_new_session=True,
     )  # fmt: skip
     try:
-        head = Head(port, folder, environment)
+        head = Head(port, folder, environment, process)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             assert process.poll() is None, log.read_text()
@@ -212,13 +223,14 @@ def sweep_file(tmp_path: Path) -> Path:
     return tmp_path / "sweeps/toy.yaml"
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> None:
+def read_until(head: Head, process: subprocess.Popen[str], text: str) -> None:
     said = []
     for line in process.stdout or ():
         said.append(line)
         if text in line:
             return
-    pytest.fail(f"{text!r} was not said; exit code {process.wait()}: {''.join(said)}")
+    _, err = process.communicate()
+    pytest.fail(f"{text!r} was not said; exit code {process.returncode}: {''.join(said)}{err}{head.story()}")
 
 
 def names_in_dashboard(head: Head) -> list[str]:
@@ -243,12 +255,12 @@ def test_a_sweep_outlives_those_who_watch_it_and_is_stopped_so_that_it_can_go_on
 ) -> None:
     gate = sweep_file.with_name("gate")
     submitting = head.start("submit", sweep_file, "--set", f"config.gate={gate}")
-    read_until(submitting, "epoch 1")
-    submitting.send_signal(signal.SIGHUP)
+    read_until(head, submitting, "epoch 1")
+    submitting.kill()
     job_id = job_of(submitting)
 
     watching = head.start("logs", job_id, "--follow")
-    read_until(watching, "trial_00001 (large): started")
+    read_until(head, watching, "trial_00001 (large): started")
     assert "toy: trial_00000 and later trials" in names_in_dashboard(head)
     watching.send_signal(signal.SIGINT)
     _, told = watching.communicate(timeout=PATIENCE_SECONDS)
@@ -284,7 +296,7 @@ def test_exit_codes_are_the_jobs_and_a_broken_connection_is_made_again(head: Hea
         [sys.executable, str(script), str(head.port)],
         env=head.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + head.story()
     answer = json.loads(done.stdout)
     assert answer["codes"] == [2, 137, 0]
     assert answer["cuts"] == 2

@@ -14,9 +14,13 @@ from typing import Any
 class ClusterProcess:
     """A head without CPUs, and the nodes that are added to it, with GPUs that are none (`fake_gpu`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.address = self._answer()
 

@@ -35,11 +35,13 @@ IMPATIENT = {
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
+def cluster(
+    cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ClusterProcess]:
     """A head that drives; the test adds nodes to it."""
-    for name, value in IMPATIENT.items():
+    for name, value in IMPATIENT.items():  # for the driver too, which this process starts
         monkeypatch.setenv(name, value)
-    made = ClusterProcess()
+    made = ClusterProcess(cluster_environment | IMPATIENT)
     try:
         yield made
     finally:

@@ -50,19 +50,14 @@ def start_and_kill_in_the_second_trial(sweep: dict[str, Any], tmp_path: Path) ->
     return results
 
 
-def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp_path):
+def test_a_killed_sweep_resumed_is_the_sweep_that_was_not_killed(slow_sweep, tmp_path, local_ray):
     results = start_and_kill_in_the_second_trial(slow_sweep, tmp_path)
     killed = results.frame()
     assert list(killed["state"]) == ["finished", "training", "pending"]
     finished_file = results.run_dir / "trials" / f"{killed['trial_id'][0]}.jsonl"
     before = finished_file.read_bytes()
 
-    resumed = subprocess.run(
-        [*CLI, "resume", str(results.run_dir)], capture_output=True, text=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
-
-    frame = te.load_results(results.run_dir).frame()
+    frame = te.resume(results.run_dir, quiet=True).frame()
     assert finished_file.read_bytes() == before
     assert frame.iloc[:1].equals(killed.iloc[:1].astype(frame.dtypes.to_dict()))
     assert set(frame["state"]) == {"finished"}

@@ -16,12 +16,12 @@ from tune_easytrain.config_issues import Issue, fail, fail_with, issues_of, kind
 from tune_easytrain.errors import ConfigError, Fault
 from tune_easytrain.grid import BATCH_SIZE_KEY, GridSearchConfig, batch_size_issues, user_value_issues
 from tune_easytrain.overrides import apply_overrides
+from tune_easytrain.section import Section
 from tune_easytrain.sections import (
     BatchConfig,
     FunctionName,
     MemoryConfig,
     RunConfig,
-    Section,
     TrainConfig,
     TrialConfig,
 )
@@ -110,6 +110,7 @@ class SweepConfig(Section):
         plain["run"] = self.run.model_dump()
         if self.run.scheduler is not None:
             plain["run"]["scheduler"] = self.run.scheduler.resolved()
+        plain["run"]["loggers"] = copy.deepcopy([logger.resolved() for logger in self.run.loggers])
         return {name: plain[name] for name in type(self).model_fields}
 
     def __eq__(self, other: object) -> bool:

@@ -11,7 +11,7 @@ _SECRETS = {"password", "passwd", "passphrase", "secret", "credential", "credent
 _KEYS = {"access", "account", "api", "encryption", "license", "private", "secret", "signing", "ssh"}
 _TOKENS = {
     "access", "api", "auth", "authentication", "bearer", "bot", "github", "gitlab", "hf", "hub",
-    "huggingface", "refresh", "sas", "security", "session", "wandb",
+    "huggingface", "mlflow", "refresh", "sas", "security", "session", "tracking", "wandb",
 }  # fmt: skip
 """What a token belongs to that is a secret; a `pad_token` is not."""
 
@@ -40,6 +40,15 @@ def has_password(text: str) -> bool:
 def has_user(url: str) -> bool:
     """Return whether a URL names a user, with a password or as one: `https://token@host`."""
     return _USER_IN_URL.search(url) is not None
+
+
+def without_users(text: str) -> str:
+    """Return a text that quotes URLs without the users and passwords in them.
+
+    >>> without_users("no answer from https://me:secret@host/api")
+    'no answer from https://***@host/api'
+    """
+    return _USER_IN_URL.sub(lambda match: f"{match[0].partition('//')[0]}//***@", text)
 
 
 def secrets_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

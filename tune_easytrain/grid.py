@@ -20,7 +20,8 @@ from tune_easytrain.config_issues import (
     show_value,
 )
 from tune_easytrain.errors import did_you_mean
-from tune_easytrain.sections import BatchConfig, MemoryConfig, Section, TrainConfig
+from tune_easytrain.section import Section
+from tune_easytrain.sections import BatchConfig, MemoryConfig, TrainConfig
 from tune_easytrain.trial_space import POINT_KEY
 
 BATCH_SIZE_KEY = "hp.batch_size"

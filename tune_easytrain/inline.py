@@ -103,7 +103,8 @@ def _run_trial(opening: Opening, name: str, recorder: SweepRecorder, cache: Prob
                 return
             num_reports += 1
             require_metric(settings.metric, report.metrics)
-            emit(Reported(metrics=report.metrics, peak_memory_bytes=report.peak_memory_bytes))
+            metrics = {"epoch": num_reports, **report.metrics}
+            emit(Reported(metrics=metrics, peak_memory_bytes=report.peak_memory_bytes))
             if report.is_final:
                 reasons.append(report.reason)
 

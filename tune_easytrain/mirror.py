@@ -73,7 +73,10 @@ class Mirror:
 
     def note(self, trial_id: str, *, is_urgent: bool) -> None:
         """Note that a trial's file has changed; what is urgent goes at once."""
-        path = self._directory.trial_path(trial_id)
+        self.note_file(self._directory.trial_path(trial_id), is_urgent=is_urgent)
+
+    def note_file(self, path: Path, *, is_urgent: bool) -> None:
+        """Note that a file of the run directory has changed; what is urgent goes at once."""
         with self._changed:
             due = time.monotonic()
             if not is_urgent:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import ConfigError, Fault
-from tune_easytrain.yaml_source import read_file
+from tune_easytrain.yaml_source import YamlPath, YamlSource, read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,31 +27,53 @@ _SEARCHES = {
     "bohb": _Need("bohb", {"ConfigSpace": "ConfigSpace", "hpbandster": "hpbandster"}),
 }
 _SCHEDULERS = {"pb2": _Need("search", {"sklearn": "scikit-learn"})}
+_LOGGERS = {name: _Need(name, {name: name}) for name in ("tensorboard", "mlflow", "wandb")}
 
 
 def check_packages(config: SweepConfig) -> None:
-    """Raise ConfigError where the sweep's search or scheduler needs a package that is not installed here.
+    """Raise ConfigError where search, scheduler or loggers need a package that is not installed here.
 
     Only the process that drives the sweep needs them.
     """
     run = config.run
-    needs = {
-        ("search", run.search): _SEARCHES.get(run.search),
-        ("scheduler", name := "" if run.scheduler is None else run.scheduler.name): _SCHEDULERS.get(name),
-    }
+    scheduler = "" if run.scheduler is None else run.scheduler.name
+    _require(
+        config,
+        [
+            (("search",), run.search, _SEARCHES.get(run.search)),
+            (("scheduler",), scheduler, _SCHEDULERS.get(scheduler)),
+            *_logger_needs(config),
+        ],
+    )
+
+
+def check_logger_packages(config: SweepConfig) -> None:
+    """Raise ConfigError where one of the sweep's loggers needs a package that is not installed here."""
+    _require(config, _logger_needs(config))
+
+
+def _logger_needs(config: SweepConfig) -> list[tuple[YamlPath, str, _Need | None]]:
+    return [
+        (("loggers", number), logger.name, _LOGGERS[logger.name])
+        for number, logger in enumerate(config.run.loggers)
+    ]
+
+
+def _require(config: SweepConfig, needs: Iterable[tuple[YamlPath, str, _Need | None]]) -> None:
     faults = [
-        _fault(config, key, name, missing, need.extra)
-        for (key, name), need in needs.items()
+        _fault(config, path, name, missing, need.extra)
+        for path, name, need in needs
         if need is not None and (missing := need.missing())
     ]
     if faults:
         raise ConfigError(faults)
 
 
-def _fault(config: SweepConfig, key: str, name: str, missing: list[str], extra: str) -> Fault:
+def _fault(config: SweepConfig, path: YamlPath, name: str, missing: list[str], extra: str) -> Fault:
     problem = f"{name!r} needs {' and '.join(missing)}, which this Python does not have"
     remedy = f"pip install 'tune-easytrain[{extra}]'"
     if config.source_path is None:
-        return Fault("<config>", f"run.{key}", problem, remedy)
-    source, _ = read_file(config.source_path)
-    return source.fault(("run", key), problem, remedy)
+        source = YamlSource("<config>", None, {})
+    else:
+        source, _ = read_file(config.source_path)
+    return source.fault(("run", *path), problem, remedy)

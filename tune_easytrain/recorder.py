@@ -50,6 +50,7 @@ class SweepRecorder:
         on_step: given all of Ray's trials, time and again; what it raises ends the sweep.
         mirror: uploads the files, where the run directory is in an object store.
         say: told in a line when the run directory cannot be written, and when it can again.
+        on_write: told of every trial whose file has grown.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class SweepRecorder:
         on_step: Callable[[Sequence[Any]], object] | None = None,
         mirror: Mirror | None = None,
         say: Callable[[str], object] = lambda line: None,
+        on_write: Callable[[str], object] = lambda trial_id: None,
     ) -> None:
         self._directory = directory
         self._records = dict(records)
@@ -71,6 +73,7 @@ class SweepRecorder:
         self._on_step = on_step
         self._mirror = mirror
         self._say = say
+        self._on_write = on_write
         self._unwritten: dict[str, list[Event]] = {}
         self._storage_error: OSError | None = None
         self._next_write = 0.0
@@ -106,6 +109,7 @@ class SweepRecorder:
                 del self._unwritten[trial_id]
                 if self._mirror is not None:
                     self._mirror.note(trial_id, is_urgent=self._records[trial_id].state.is_final)
+                self._on_write(trial_id)
         except OSError as error:
             if self._storage_error is None:
                 self._say(

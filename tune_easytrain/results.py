@@ -17,7 +17,7 @@ from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import load_events
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
-from tune_easytrain.trial_space import SECTION_NAMES
+from tune_easytrain.trial_space import SECTION_NAMES, flatten_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class SweepResults:
         sweep = self.sweep()
         settings = {name: sweep[name] for name in SECTION_NAMES}
         return list(
-            dict.fromkeys([*sweep["grid_search"]["grid"], *_flatten({**sweep["config"], **settings})])
+            dict.fromkeys([*sweep["grid_search"]["grid"], *flatten_config({**sweep["config"], **settings})])
         )
 
 
@@ -205,7 +205,7 @@ def build_frame(
     config_columns = dict.fromkeys(_config_column(key, taken) for key in config_keys)
     rows = []
     for record in records:
-        config = {_config_column(key, taken): value for key, value in _flatten(record.config).items()}
+        config = {_config_column(key, taken): value for key, value in flatten_config(record.config).items()}
         config_columns |= dict.fromkeys(config)
         best = record.best(metric, mode)
         values: dict[str, float | None] = {}
@@ -340,14 +340,3 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
 def _config_column(key: str, taken: Collection[str]) -> str:
     """Return the column of a config key; one that is also a fixed or a metric's gets the prefix `config.`."""
     return f"config.{key}" if key in taken else key
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat

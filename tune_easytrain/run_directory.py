@@ -9,6 +9,8 @@
 | `driver.lock`       | driver                      | who runs the sweep                              |
 | `trials/<id>.jsonl` | driver, one event a line    | everything that happened to a trial             |
 | `ray/`              | Ray Tune                    | its own state, and the trials' checkpoints      |
+| `tensorboard/<id>/` | driver, one event a record  | the trial as TensorBoard reads it, if asked for |
+| `wandb/<id>/`       | wandb                       | its own files of the trial, if asked for        |
 
 In an object store it looks the same, with the file `writer` (`local_copy.py`) beside it. `RunDirectory.path`
 is then a copy on this machine, without `ray/`: Ray writes to the store itself, `mirror.py` uploads the rest.
@@ -191,6 +193,14 @@ class RunDirectory:
     def trial_path(self, trial_id: str) -> Path:
         """Return the event file of a trial."""
         return self.trials_dir / f"{trial_id}.jsonl"
+
+    def tensorboard_path(self, trial_id: str) -> Path:
+        """Return the file that TensorBoard reads of a trial; in its name `tfevents` is what counts."""
+        return self.path / "tensorboard" / trial_id / "events.out.tfevents.tune_easytrain"
+
+    def wandb_dir(self, trial_id: str) -> Path:
+        """Return the folder where wandb keeps its files of a trial, on this machine."""
+        return self.path / "wandb" / trial_id
 
     def trial_ids(self) -> Iterator[str]:
         """Yield the ids of all trials that have events, in order."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tune_easytrain.config_issues import fail, show_value
 from tune_easytrain.errors import StorageError, did_you_mean
+from tune_easytrain.logger_config import LoggerConfig, require_distinct
+from tune_easytrain.section import Section
 from tune_easytrain.storage_url import StorageUrl, is_url
 
 PositiveInt: TypeAlias = Annotated[int, Ge(1)]
@@ -33,15 +35,6 @@ _OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
 _REDUCTION_FACTORS = {"asha": 4, "hyperband": 3, "bohb": 3}
 """Ray's defaults."""
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\Z")
-
-
-class Section(BaseModel):
-    """A part of a sweep file: no unknown keys, no silent conversions, no changes after loading."""
-
-    unknown_key_hint: ClassVar[str] = ""
-    """What the remedy for an unknown key says beyond the names that are valid."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_bytes(value: Any) -> int:
@@ -224,7 +217,7 @@ class ResourcesConfig(Section):
     accelerator_type: str | None = None
     """Kind of GPU, by Ray's name for it (`H100`, `A100-80G`); default: any."""
 
-    custom: dict[str, PositiveFloat] = {}
+    custom: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Amounts of resources the cluster defines under other names."""
 
     @field_validator("gpu", mode="before")
@@ -369,6 +362,15 @@ class RunConfig(Section):
 
     working_dir: str | None = None
     """Folder sent to every node (Ray's runtime_env); default: none."""
+
+    loggers: list[LoggerConfig] = Field(default_factory=list)
+    """Tools that show the trials while the sweep runs: tensorboard, mlflow, wandb."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_once(cls, value: list[LoggerConfig]) -> list[LoggerConfig]:
+        require_distinct(value)
+        return value
 
     @field_validator("metric", "storage", "working_dir")
     @classmethod

@@ -17,10 +17,11 @@ from tune_easytrain.child_process import modules_to_preload, start_forkserver
 from tune_easytrain.cluster import beside_driver, check_local_gpu, ray_session
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.errors import InsufficientResourcesError, RunDirectoryError, StorageLostError
-from tune_easytrain.events import Created, append_events, load_events
+from tune_easytrain.events import Created, Event, append_events, load_events
 from tune_easytrain.interruption import Interruption
+from tune_easytrain.loggers import logged
 from tune_easytrain.mirror import Mirror, mirrored
-from tune_easytrain.optional_packages import check_packages
+from tune_easytrain.optional_packages import check_logger_packages, check_packages
 from tune_easytrain.origin import Origin
 from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.pending_watch import PendingWatch
@@ -40,6 +41,7 @@ from tune_easytrain.search_space import (
 )
 from tune_easytrain.storage import Storage
 from tune_easytrain.sweep_hub import start_sweep_hub
+from tune_easytrain.sweep_metrics import SweepMetrics
 from tune_easytrain.sweep_plan import build_plan
 from tune_easytrain.task import BuildTask
 from tune_easytrain.task_source import load_sweep_functions
@@ -77,7 +79,9 @@ def run(
     config = config_or_path
     if not isinstance(config, SweepConfig):
         config = load_config(config, overrides=overrides)
-    if not debug:  # which draws at random and stops nothing
+    if debug:  # which draws at random and stops nothing
+        check_logger_packages(config)
+    else:
         check_packages(config)
     console = Console(stderr=True, quiet=quiet)
     storage = Storage.at(config.run.storage)
@@ -101,13 +105,16 @@ def run(
         with written_by_nobody_else():
             directory = _create(config, task, function, max_experiments)
         records, _ = _load_trials(directory)
+        say = partial(say_line, console)
         with (
             directory.locked(),
             _mirrored(directory, console) as mirror,
+            logged(config, directory, records.values(), mirror, say, on_ray=False) as note,
             _display(config, records, console) as progress,
         ):
-            say = partial(say_line, console)
-            recorder = SweepRecorder(directory, records, progress.watch, mirror=mirror, say=say)
+            recorder = SweepRecorder(
+                directory, records, progress.watch, mirror=mirror, say=say, on_write=note
+            )
             run_trials_inline(config, task, function, recorder, max_experiments)
             recorder.finish()
         return SweepResults(directory)
@@ -200,14 +207,25 @@ def _fit(
     records, evidence = _load_trials(directory)
     ray_path, filesystem = directory.ray_place
     hub = start_sweep_hub(evidence, beside_driver())
-    with _mirrored(directory, console) as mirror, _display(config, records, console) as progress:
-        pending, say = PendingWatch(requests.all), partial(say_line, console)
+    say = partial(say_line, console)
+    with (
+        _mirrored(directory, console) as mirror,
+        logged(config, directory, records.values(), mirror, say) as note,
+        _display(config, records, console) as progress,
+    ):
+        pending = PendingWatch(requests.all)
+        metrics = SweepMetrics(directory.path.name, config.run.metric, config.run.mode, records.values())
 
         def on_step(trials: Sequence[Any]) -> None:
             pending.look(trials)
+            metrics.refresh()
             interruption.look()
 
-        recorder = SweepRecorder(directory, records, progress.watch, hub.release.remote, on_step, mirror, say)
+        def watch(record: TrialRecord, event: Event) -> None:
+            progress.watch(record, event)
+            metrics.watch(record, event)
+
+        recorder = SweepRecorder(directory, records, watch, hub.release.remote, on_step, mirror, say, note)
         interruption = Interruption(hub, config.trial.grace, recorder.num_to_wait_for, say)
         recorder.interrupt_running("the driver is gone")  # the one before, of which these trials were
         recorder.listen_to(hub)

@@ -151,3 +151,22 @@ class TrialRecord:
             return {}
         choose = min if mode == "min" else max
         return choose(candidates, key=lambda report: report[metric])
+
+
+def step_of(record: TrialRecord) -> int:
+    """Return where curves have the last report: at its epoch, or by its place if some are no integers."""
+    if all(float(report["epoch"]).is_integer() for report in record.reports):
+        return int(record.last["epoch"])
+    return len(record.reports)
+
+
+def last_and_best(record: TrialRecord, metric: str, mode: Literal["min", "max"]) -> dict[str, float]:
+    """Return the finite ones of a trial's `<metric>_last` and `<metric>_best`, as in the frame of results.
+
+    The best ones are those of the report in which `metric`, the sweep's, was best.
+    """
+    best, found = record.best(metric, mode), dict[str, float]()
+    for name, value in record.last.items():
+        if name not in PROGRESS_KEYS:
+            found |= {f"{name}_last": value, f"{name}_best": best.get(name, math.nan)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -74,3 +74,19 @@ def _put(target: dict[str, Any], parts: Sequence[str], value: Any) -> None:
             _put(target[last], [key], item)
     else:
         target[last] = value
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config by dotted keys; empty mappings stay values.
+
+    >>> flatten_config({"hp": {"batch_size": 8}, "seed": 0})
+    {'hp.batch_size': 8, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten_config(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

@@ -31,8 +31,10 @@ from tune_easytrain import cli, events, probe, sections
 from tune_easytrain.accelerators import ACCELERATORS
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import GridSearchConfig
+from tune_easytrain.logger_config import LoggerConfig
 from tune_easytrain.results import COLUMNS, build_frame, summary_rows
 from tune_easytrain.run_directory import RunDirectory
+from tune_easytrain.sweep_metrics import METRICS, PREFIX
 from tune_easytrain.yaml_source import read_text
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +173,7 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
         "needs those machines",
         check_options,
     ),
+    "tensorboard --logdir runs": ("serves until it is ended; test_tensorboard_log.py asks it", no_check),
     "ray up cluster/gpu.yaml": ("starts machines on AWS", check_ray),
     "ray submit cluster/gpu.yaml examples/ucf101.py": ("needs those machines", check_ray),
     "ray down cluster/gpu.yaml": ("ends those machines", check_ray),
@@ -252,10 +255,18 @@ def check_modules(text: str) -> None:
         assert (ROOT / "tune_easytrain" / f"{name}.py").is_file(), name
 
 
+def check_scrape_config(text: str) -> None:
+    """It is YAML that names the file which the tests' own Prometheus is told of."""
+    (job,) = read_text(text, "prometheus.yml")[0].data["scrape_configs"]
+    (place,) = job["file_sd_configs"]
+    assert [Path(file).name for file in place["files"]] == ["prom_metrics_service_discovery.json"]
+
+
 TEXT_BLOCKS: dict[tuple[str, str], tuple[str, Check]] = {
     ("README.md", "trial "): ("what `make demo` printed", check_demo_table),
     ("docs/results.md", "runs/first_"): ("the run directory", check_run_directory),
     ("CONTRIBUTING.md", "cli "): ("modules in their order", check_modules),
+    ("docs/loggers.md", "scrape_configs:"): ("what a Prometheus is told", check_scrape_config),
     ("docs/tasks.md", "libs="): ("run by test_torchcodec_decoder.py, in a home of its own", no_check),
 }
 """Blocks that are no code, by document and beginning: what each is, and what holds it to the truth."""
@@ -524,6 +535,7 @@ def literals(annotation: object) -> list[str]:
         ("### `trial.resources`\n", sections.ResourcesConfig),
         ("### `run`\n", sections.RunConfig),
         ("### `run.scheduler`\n", sections.SchedulerConfig),
+        ("### `run.loggers`\n", LoggerConfig),
     ],
 )
 def test_the_keys_and_defaults_of_the_sweep_file_are_the_codes(heading: str, model: type[BaseModel]) -> None:
@@ -535,6 +547,14 @@ def test_the_keys_and_defaults_of_the_sweep_file_are_the_codes(heading: str, mod
         assert told == shown_default(field), key
         for name in literals(field.annotation):
             assert f"`{name}`" in meaning, f"{key} may be {name}"
+
+
+def test_the_metrics_are_the_codes() -> None:
+    rows = table_below("docs/loggers.md", "Every metric has the label")
+    assert rows == [
+        [f"`ray_{PREFIX}{row.name}`", row.kind, ", ".join(f"`{label}`" for label in row.labels), row.meaning]
+        for row in METRICS
+    ]
 
 
 def test_the_columns_are_the_codes() -> None:

@@ -1,4 +1,4 @@
-"""What W&B has written of a run that it could not send: its records, in blocks as LevelDB's logs have them."""
+"""What W&B has written of a run that it has not sent: records, in blocks as LevelDB's logs have them."""
 
 from __future__ import annotations
 

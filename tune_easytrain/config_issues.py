@@ -171,6 +171,8 @@ def _type_at(model: type[BaseModel], path: YamlPath) -> Any:
             found = base.model_fields.get(str(part), Any)
         elif typing.get_origin(base) in (dict, Mapping):
             found = typing.get_args(base)[1]
+        elif typing.get_origin(base) is list:
+            (found,) = typing.get_args(base)
         else:
             return Any
     return found

@@ -26,7 +26,7 @@ class LoggerConfig(Section):
     """Which tool."""
 
     tracking_uri: str | None = None
-    """mlflow: its server, or a database or folder; default: MLFLOW_TRACKING_URI, or `./mlflow.db`."""
+    """mlflow: its server, or a database or folder; default: MLFLOW_TRACKING_URI, or MLflow's own."""
 
     experiment_name: str | None = None
     """mlflow: the experiment that the trials are runs of; default: the sweep's name."""

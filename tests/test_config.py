@@ -377,6 +377,7 @@ def test_the_defaults(tmp_path: Path) -> None:
             "scheduler": None,
             "max_concurrent": None,
             "working_dir": None,
+            "loggers": [],
         },
     }
 

@@ -7,7 +7,7 @@ import pytest
 
 import tune_easytrain as te
 from tune_easytrain.config import load_config
-from tune_easytrain.credentials import has_password, has_user, is_secret_name, secrets_in
+from tune_easytrain.credentials import has_password, has_user, is_secret_name, secrets_in, without_users
 from tune_easytrain.errors import BadInputError, ConfigError
 from tune_easytrain.fetched_run import fetch_script
 from tune_easytrain.jobs_client import find_address
@@ -21,7 +21,7 @@ VALUE = "hunter2hunter2"
     [
         "password", "db_password", "dbPassword", "PASSWORD", "passphrase", "client_secret", "api_key",
         "apiKey", "APIKey", "openai-api-key", "aws_secret_access_key", "private_key", "token", "auth_token",
-        "hf_token", "HF_TOKEN", "WANDB_API_KEY", "AWS_SESSION_TOKEN", "credentials",
+        "hf_token", "tracking_token", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "AWS_SESSION_TOKEN", "credentials",
     ],
 )  # fmt: skip
 def test_a_secret_is_known_by_its_name(name: str) -> None:
@@ -49,6 +49,13 @@ def test_passwords_and_users_in_urls() -> None:
         assert not has_password(url)
         assert not has_user(url)
     assert not has_password("abfss://container@account.dfs.core.windows.net/x")
+
+
+def test_what_quotes_a_url_is_shown_without_its_user() -> None:
+    text = f"no answer from https://me:{VALUE}@host/x, nor from http://{VALUE}@other and http://plain:80/a@b"
+    assert without_users(text) == (
+        "no answer from https://***@host/x, nor from http://***@other and http://plain:80/a@b"
+    )
 
 
 def test_secrets_are_found_wherever_they_stand() -> None:

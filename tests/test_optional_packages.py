@@ -9,7 +9,7 @@ import pytest
 from tune_easytrain import cli
 from tune_easytrain.config import SweepConfig, load_config
 from tune_easytrain.errors import ConfigError
-from tune_easytrain.optional_packages import check_packages
+from tune_easytrain.optional_packages import check_logger_packages, check_packages
 
 
 def sweep(run: dict[str, Any]) -> SweepConfig:
@@ -28,6 +28,13 @@ def sweep(run: dict[str, Any]) -> SweepConfig:
     [
         ({"search": "optuna"}, "optuna", r"run\.search: 'optuna' needs optuna.*'tune-easytrain\[search\]'"),
         ({"scheduler": "pb2"}, "sklearn", r"run\.scheduler: 'pb2' needs scikit-learn.*\[search\]'"),
+        ({"loggers": ["mlflow"]}, "mlflow", r"run\.loggers\[0\]: 'mlflow' needs mlflow.*\[mlflow\]'"),
+        ({"loggers": ["wandb"]}, "wandb", r"run\.loggers\[0\]: 'wandb' needs wandb.*\[wandb\]'"),
+        (
+            {"loggers": ["mlflow", {"name": "tensorboard"}]},
+            "tensorboard",
+            r"run\.loggers\[1\]: 'tensorboard' needs tensorboard.*\[tensorboard\]'",
+        ),
         ({"search": "bohb", "scheduler": "bohb"}, "hpbandster", r"run\.search: 'bohb' needs .*\[bohb\]'"),
     ],
 )
@@ -63,6 +70,14 @@ def test_a_missing_package_is_told_before_anything_runs(
     assert error.startswith(f"error: {tmp_path / 'sweep.yaml'}:6: run.search: 'optuna' needs optuna")
     assert "pip install 'tune-easytrain[search]'" in error
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_debug_needs_no_search_but_its_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    check_logger_packages(sweep({"search": "optuna"}))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"run\.loggers\[0\]: 'tensorboard' needs tensorboard"):
+        check_logger_packages(sweep({"loggers": ["tensorboard"]}))
 
 
 def test_what_needs_no_package_is_never_refused() -> None:

@@ -61,7 +61,7 @@ class Prometheus:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                self.ask("status/buildinfo")
+                urllib.request.urlopen(f"http://{address}/-/ready", timeout=_PATIENCE_SECONDS).close()
                 return
             except (urllib.error.URLError, ConnectionError):
                 assert self._process.poll() is None, self._log.read_text()

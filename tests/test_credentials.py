@@ -21,7 +21,8 @@ VALUE = "hunter2hunter2"
     [
         "password", "db_password", "dbPassword", "PASSWORD", "passphrase", "client_secret", "api_key",
         "apiKey", "APIKey", "openai-api-key", "aws_secret_access_key", "private_key", "token", "auth_token",
-        "hf_token", "tracking_token", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "AWS_SESSION_TOKEN", "credentials",
+        "hf_token", "tracking_token", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "WANDB_API_KEY",
+        "AWS_SESSION_TOKEN", "credentials",
     ],
 )  # fmt: skip
 def test_a_secret_is_known_by_its_name(name: str) -> None:

@@ -61,6 +61,20 @@ def change(directory: RunDirectory, mirror: Mirror, index: int, *, is_urgent: bo
     mirror.note(trial_id(index), is_urgent=is_urgent)
 
 
+def test_other_files_of_the_driver_are_uploaded_to_their_place(server: S3Server) -> None:
+    directory = make_run(server.url("bucket/others"))
+    path = directory.tensorboard_path(trial_id(1))
+    path.parent.mkdir(parents=True)
+    with mirrored(directory, pytest.fail) as mirror:
+        assert mirror is not None
+        for content in (b"one", b"one and more"):
+            path.write_bytes(content)
+            mirror.note_file(path, is_urgent=False)
+    assert directory.storage is not None
+    assert directory.storage.read(f"tensorboard/{trial_id(1)}/{path.name}") == b"one and more"
+    assert stored(directory) == local(directory)
+
+
 def test_the_store_holds_what_the_driver_wrote(server: S3Server) -> None:
     directory = make_run(server.url("bucket/whole"))
     with mirrored(directory, pytest.fail) as mirror:

@@ -20,7 +20,7 @@ from tune_easytrain.events import (
     Stopped,
     TrainingEnded,
 )
-from tune_easytrain.trial_record import TrialRecord, TrialState
+from tune_easytrain.trial_record import TrialRecord, TrialState, last_and_best, step_of
 
 CONFIG = {"hp": {"x": 1}}
 PROBED = Probed(microbatch_size=4, budget_bytes=9, bounded_by="limit", seconds=1.0, attempts=[])
@@ -163,3 +163,25 @@ def test_only_what_is_running_has_its_resources() -> None:
         TrialState.STOPPED,
         TrialState.FAILED,
     }
+
+
+def test_curves_have_a_report_at_its_epoch_or_by_its_place_where_epochs_are_no_integers() -> None:
+    record = TrialRecord("trial")
+    steps = []
+    for epoch in (1, 2, 2.5, 3):
+        record.add(Reported(metrics={"epoch": epoch}, peak_memory_bytes=0))
+        steps.append(step_of(record))
+    assert steps == [1, 2, 3, 4]
+    record.add(Reported(metrics={"epoch": 2}, peak_memory_bytes=0))  # set back
+    assert step_of(record) == 2
+
+
+def test_the_last_and_the_best_of_every_metric_are_finite() -> None:
+    record = TrialRecord("trial")
+    assert last_and_best(record, "loss", "min") == {}
+    for epoch, loss, accuracy in ((1, 0.5, math.inf), (2, 0.25, 0.5), (3, math.nan, 0.75)):
+        metrics = {"epoch": epoch, "loss": loss, "accuracy": accuracy, "learning_rate": 0.1}
+        record.add(Reported(metrics=metrics, peak_memory_bytes=0))
+    assert last_and_best(record, "loss", "min") == {
+        "loss_best": 0.25, "accuracy_last": 0.75, "accuracy_best": 0.5,
+    }  # fmt: skip

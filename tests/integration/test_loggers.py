@@ -54,15 +54,13 @@ def test_wandb_and_tensorboard_have_every_trial_and_a_resume_doubles_nothing(
     assert [path.parent.name for path in sorted(tensorboard)] == ["trial_00000", "trial_00001"]
 
     # As a driver that was killed in the middle of the first trial would have left it.
-    events = list(load_events(directory.trial_path("trial_00000")))
-    kept = "".join(
-        f"{event.to_json()}\n" for event in events if event.kind not in ("training_ended", "finished")
-    )
-    directory.trial_path("trial_00000").write_text("".join(f"{event.to_json()}\n" for event in kept))
+    path = directory.trial_path("trial_00000")
+    kept = [event for event in load_events(path) if event.kind not in ("training_ended", "finished")]
+    path.write_text("".join(f"{event.to_json()}\n" for event in kept))
     te.resume(results.run_dir)
     (_, again, _) = wandb_runs(results.run_dir)
     assert again.run_id == fine.run_id
     assert not {row["_step"] for row in again.history if "val_loss" in row} & {1}
-    for path, content in tensorboard.items():
-        if path.parent.name == "trial_00001":
-            assert path.read_bytes() == content
+    for file, content in tensorboard.items():
+        if file.parent.name == "trial_00001":
+            assert file.read_bytes() == content

@@ -44,7 +44,10 @@ DOCS = [
     "CONTRIBUTING.md",
 ]
 PAGES = [*DOCS, "CHANGELOG.md"]
-OPTIONAL_PACKAGES = {"docs/accumulation.md": ("lightning_fabric", "accelerate")}
+OPTIONAL_PACKAGES = {
+    "docs/accumulation.md": ("lightning_fabric", "accelerate"),
+    "docs/loggers.md": ("tensorboard",),
+}
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 Check = Callable[[str], None]
 PROGRAMS = {

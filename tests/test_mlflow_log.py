@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow_server import MlflowServer
 
 import tune_easytrain as te
@@ -27,9 +25,15 @@ from tune_easytrain.events import (
 )
 from tune_easytrain.logger_config import LoggerConfig
 from tune_easytrain.logger_thread import LoggerThread
-from tune_easytrain.mlflow_log import MlflowLog
 from tune_easytrain.run_directory import RunDirectory, trial_id
 from tune_easytrain.trial_record import TrialRecord
+
+pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from tune_easytrain.mlflow_log import MlflowLog
 
 PATIENCE_SECONDS = 100
 A, B, C = (trial_id(number) for number in range(3))

@@ -31,9 +31,9 @@ def sweep(run: dict[str, Any]) -> SweepConfig:
         ({"loggers": ["mlflow"]}, "mlflow", r"run\.loggers\[0\]: 'mlflow' needs mlflow.*\[mlflow\]'"),
         ({"loggers": ["wandb"]}, "wandb", r"run\.loggers\[0\]: 'wandb' needs wandb.*\[wandb\]'"),
         (
-            {"loggers": ["mlflow", {"name": "tensorboard"}]},
+            {"loggers": [{"name": "tensorboard"}]},
             "tensorboard",
-            r"run\.loggers\[1\]: 'tensorboard' needs tensorboard.*\[tensorboard\]'",
+            r"run\.loggers\[0\]: 'tensorboard' needs tensorboard.*\[tensorboard\]'",
         ),
         ({"search": "bohb", "scheduler": "bohb"}, "hpbandster", r"run\.search: 'bohb' needs .*\[bohb\]'"),
     ],

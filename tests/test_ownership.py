@@ -105,3 +105,17 @@ def test_the_umask_is_put_back(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o750
+
+
+def test_what_a_folder_holds_from_which_nothing_is_read_does_not_matter_but_the_folder_does(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "latest").symlink_to("elsewhere")
+    with pytest.raises(RunDirectoryError, match="latest is a link"):
+        require_own([tmp_path / "run"])
+    require_own([tmp_path / "run"], not_read=[folder])
+    folder.chmod(0o777)
+    with pytest.raises(RunDirectoryError, match="can be written by other users"):
+        require_own([tmp_path / "run"], not_read=[folder])

@@ -29,8 +29,11 @@ from tune_easytrain.events import (
     append_events,
 )
 from tune_easytrain.run_directory import RunDirectory, trial_id
-from tune_easytrain.tensorboard_log import TensorBoardLog
 from tune_easytrain.trial_record import TrialRecord
+
+pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+
+from tune_easytrain.tensorboard_log import TensorBoardLog
 
 PATIENCE_SECONDS = 120
 CONFIGS: list[dict[str, Any]] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _RUNS_CODE = "going on with a sweep runs the code that is stored with it"
 
 
-def require_own(paths: Iterable[Path]) -> None:
+def require_own(paths: Iterable[Path], not_read: Collection[Path] = ()) -> None:
     """Raise RunDirectoryError for a file or folder that another user owns or may write, or could exchange.
 
     What is unpickled runs as code, with everything that this user may do. Of a folder all is looked at that
@@ -24,22 +24,23 @@ def require_own(paths: Iterable[Path]) -> None:
 
     Args:
         paths: existing files and folders, without links on the way.
+        not_read: folders among them from which nothing is read, so that what they hold is not looked at.
     """
     looked_at: set[Path] = set()
     for path in paths:
         if looked_at.isdisjoint(path.parents):
             for parent in path.parents:
                 _require_lasting(parent)
-            _require_tree(path, path.lstat())
+            _require_tree(path, path.lstat(), not_read)
             looked_at.add(path)
 
 
-def _require_tree(path: Path, status: os.stat_result) -> None:
+def _require_tree(path: Path, status: os.stat_result, not_read: Collection[Path]) -> None:
     _require_own(path, status)
-    if stat.S_ISDIR(status.st_mode):
+    if stat.S_ISDIR(status.st_mode) and path not in not_read:
         with os.scandir(path) as entries:
             for entry in entries:
-                _require_tree(path / entry.name, entry.stat(follow_symlinks=False))
+                _require_tree(path / entry.name, entry.stat(follow_symlinks=False), not_read)
 
 
 def _require_own(path: Path, status: os.stat_result) -> None:

@@ -200,7 +200,11 @@ class RunDirectory:
 
     def wandb_dir(self, trial_id: str) -> Path:
         """Return the folder where wandb keeps its files of a trial, on this machine."""
-        return self.path / "wandb" / trial_id
+        return self._wandb_dir / trial_id
+
+    @property
+    def _wandb_dir(self) -> Path:
+        return self.path / "wandb"
 
     def trial_ids(self) -> Iterator[str]:
         """Yield the ids of all trials that have events, in order."""
@@ -231,7 +235,7 @@ class RunDirectory:
 
         Of what lies in an object store, the store's own rights decide who can change it.
         """
-        require_own([self.path])
+        require_own([self.path], not_read=[self._wandb_dir])  # wandb makes links
 
     def load_functions(self) -> tuple[bytes | None, bytes | None]:
         """Return the pickled `build_task` and training function, None for what the sweep has not."""

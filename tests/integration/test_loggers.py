@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_files import WandbRun, read_run
 
 import tune_easytrain as te
 from tune_easytrain.events import load_events
 from tune_easytrain.ray_logger_trial import sweep_id
 from tune_easytrain.run_directory import RunDirectory
+
+for package in ("wandb", "tensorboard"):
+    pytest.importorskip(package, reason=f"the extra {package} is not installed")
+
+from wandb_files import WandbRun, read_run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -57,6 +61,7 @@ def test_wandb_and_tensorboard_have_every_trial_and_a_resume_doubles_nothing(
     path = directory.trial_path("trial_00000")
     kept = [event for event in load_events(path) if event.kind not in ("training_ended", "finished")]
     path.write_text("".join(f"{event.to_json()}\n" for event in kept))
+    (directory.ray_dir / "tuner.pkl").unlink()  # of which Ray had not stored its own state yet
     te.resume(results.run_dir)
     (_, again, _) = wandb_runs(results.run_dir)
     assert again.run_id == fine.run_id

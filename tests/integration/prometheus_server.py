@@ -58,10 +58,17 @@ class Prometheus:
         environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         with self._log.open("w") as sink:
             self._process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
+        try:
+            self._wait_until_ready(f"http://{address}/-/ready")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_ready(self, url: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                urllib.request.urlopen(f"http://{address}/-/ready", timeout=_PATIENCE_SECONDS).close()
+                urllib.request.urlopen(url, timeout=_PATIENCE_SECONDS).close()
                 return
             except (urllib.error.URLError, ConnectionError):
                 assert self._process.poll() is None, self._log.read_text()

@@ -605,6 +605,8 @@ def test_the_soak_is_what_was_measured() -> None:
         f"{figures['num_failures']}, of one trial {figures['most_failures_of_a_trial']} at most",
         f"{figures['minutes']:g}",
         f"{first} to {last} MiB",
+        f"{figures['kib_per_trial']:.0f} KiB",
+        f"{figures['bare_ray_tune']['kib_per_trial']:.0f} KiB",
         f"{max(sample['open_files'] for sample in samples):g} at most",
     ]
 

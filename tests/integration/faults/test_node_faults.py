@@ -35,9 +35,7 @@ IMPATIENT = {
 
 
 @pytest.fixture
-def cluster(
-    cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ClusterProcess]:
+def cluster(cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
     """A head that drives; the test adds nodes to it."""
     for name, value in IMPATIENT.items():  # for the driver too, which this process starts
         monkeypatch.setenv(name, value)

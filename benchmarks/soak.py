@@ -145,7 +145,7 @@ def measure(pid: int) -> dict[str, float]:
 
 
 class BareTrial(tune.Trainable):  # type: ignore[misc]
-    """A trial of Ray Tune's alone that reports as often as those of the soak, and stores as many checkpoints."""
+    """A trial of Ray Tune's own that reports as often as those of the soak, and stores as much."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin."""

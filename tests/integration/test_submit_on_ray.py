@@ -143,6 +143,7 @@ class Head:
             [*CLI, *map(str, arguments), "--address", self.address],
             env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `pytest &` ignores it
         )  # fmt: skip
 
     def ask(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:

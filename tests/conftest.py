@@ -17,15 +17,6 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Keep together, for `--dist loadgroup`, the tests of a module that share what takes long to make."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(fixture.scope == "module" for found in definitions for fixture in found):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
     """An object store with an empty `bucket`."""

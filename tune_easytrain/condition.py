@@ -210,13 +210,12 @@ def _meant(
 
 def _compare_mixed(compare: Callable[[Any, Any], Any], value: Any, word: Word) -> bool:
     """Compare a value of any type: with a number as one, else its text, which is JSON for a list."""
+    is_equality = compare in (operator.eq, operator.ne)
     if isinstance(value, bool):
-        meant: Any = word.truth
+        meant: Any = word.truth if is_equality else None
     elif isinstance(value, (int, float)):
         meant = word.number
     else:
         value = value if isinstance(value, str) else as_text(value)
-        meant = word.text
-    if meant is None or (isinstance(value, bool) and compare not in (operator.eq, operator.ne)):
-        return compare is operator.ne
-    return bool(compare(value, meant))
+        meant = word.text if is_equality or word.number is None else None
+    return compare is operator.ne if meant is None else bool(compare(value, meant))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from tune_easytrain.events import (
     Started,
     append_events,
 )
-from tune_easytrain.results import COLUMNS, load_results
+from tune_easytrain.results import COLUMNS, SweepResults, load_results
 
 
 def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
@@ -137,6 +139,82 @@ def test_the_best_trial_is_that_of_the_sweeps_metric(tmp_path: Path, mode: str, 
     row = results.best()
     assert row is not None
     assert row["trial_id"] == best
+
+
+def two_metrics(tmp_path: Path) -> SweepResults:
+    """The second trial is the more accurate one, the first has the lower loss, in its first epoch."""
+    trials = [
+        finished(epoch(1, 0.5, 1.0), epoch(2, 0.6, 3.0)),
+        finished(epoch(1, 0.9, 4.0), epoch(2, 0.8, 2.0), config=trial_config("large")),
+        [Created(config=trial_config("large"))],
+    ]
+    return make_run(tmp_path, [*trials])
+
+
+def test_best_by_another_metric_is_of_that_metrics_epoch(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    row = results.best("train_loss")
+    assert row is not None
+    assert (row["trial_id"], row["best_epoch"]) == ("trial_00000", 1)
+    assert (row["train_loss_best"], row["val_accuracy_best"]) == (1.0, 0.5)
+    assert list(row.index) == list(results.frame().columns)
+    worst = results.best("train_loss", mode="max")
+    assert worst is not None
+    assert (worst["trial_id"], worst["train_loss_best"]) == ("trial_00001", 4.0)
+    frame = results.frame(metric="train_loss")
+    assert frame["train_loss_best"].tolist()[:2] == [1.0, 2.0]
+
+
+def test_best_by_a_column_and_among_some(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    trials = {
+        by: None if (row := results.best(by, where)) is None else row["trial_id"]
+        for by, where in (
+            (None, None),
+            ("val_accuracy", "model.type == small"),
+            ("val_accuracy_last", None),
+            ("train_loss_best", None),
+            ("samples_per_second", ["model.type == large", "state == finished"]),
+            ("peak_memory_bytes", "model.type == gone"),
+        )
+    }
+    assert trials == {
+        None: "trial_00001",
+        "val_accuracy": "trial_00000",
+        "val_accuracy_last": "trial_00001",
+        "train_loss_best": "trial_00000",  # 3.0, in the epoch of the best accuracy, against 4.0
+        "samples_per_second": "trial_00001",
+        "peak_memory_bytes": None,
+    }
+    row = results.best("hp.batch_size", mode="min")
+    assert row is not None
+    assert row["trial_id"] == "trial_00000"  # the first of equals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"by": "train_los"}, "no column 'train_los'; did you mean 'train_loss'"),
+        ({"by": "model.type"}, "that column holds no numbers"),
+        ({"by": "probe_cached"}, "that column holds no numbers"),
+        ({"by": "hp.batch_size"}, "add mode='max' or mode='min'"),
+        ({"by": "train_loss", "mode": "least"}, "neither 'min' nor 'max'"),
+        ({"where": "modl.type == small"}, "did you mean 'model.type'"),
+    ],
+)
+def test_a_best_that_cannot_be_told_is_bad_input(
+    tmp_path: Path, arguments: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(BadInputError, match=re.escape(told)):
+        two_metrics(tmp_path).best(**arguments)
+
+
+def test_a_frame_in_another_order(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    assert results.frame(sort="val_accuracy")["trial_id"].str[-1].tolist() == ["1", "0", "2"]
+    assert results.frame(sort="-trial_id", where="epochs == 2")["trial_id"].str[-1].tolist() == ["1", "0"]
+    with pytest.raises(BadInputError, match="no metric 'loss'; did you mean"):
+        results.frame(metric="loss")
 
 
 def test_the_csv_holds_the_frame(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tune_easytrain.plain_text import printable
 
 _PIPE_WIDTH = 1000
 _BETWEEN_COLUMNS = 3
+_EDGES = 2
 
 File = Annotated[Path, typer.Argument(help="The sweep file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -67,7 +68,7 @@ def print_table(
 
 def _width(columns: Iterable[Iterable[str]]) -> int:
     widths = [max(_cell(line).cell_len for cell in cells for line in cell.split("\n")) for cells in columns]
-    return sum(widths) + _BETWEEN_COLUMNS * (len(widths) - 1)
+    return sum(widths) + _BETWEEN_COLUMNS * (len(widths) - 1) + _EDGES
 
 
 def _cell(text: str) -> Text:

@@ -94,8 +94,12 @@ def print_results(results: SweepResults, frame: pd.DataFrame, as_json: bool) -> 
 
     headings, rows = summary_rows(frame, results.metric, results.varied_keys())
     left_out = print_table(headings, rows, DISPENSABLE)
-    for line in error_lines(frame):
+    place = shlex.quote(results.place)
+    failures = error_lines(frame)
+    for line in failures:
         to_out(line)
+    if failures:
+        to_out(f"Whole errors: tune-easytrain results {place} --errors")
     column = f"{results.metric}_best"
     ranked = frame.dropna(subset=[column]).sort_values(column, ascending=results.mode == "min", kind="stable")
     if not ranked.empty:
@@ -103,7 +107,6 @@ def print_results(results: SweepResults, frame: pd.DataFrame, as_json: bool) -> 
         to_out(f"Best {results.metric}: {best[column]:.4g} ({best['trial_id']})")
     if left_out:
         to_out(f"Not shown at this width: {', '.join(left_out)}")
-    place = shlex.quote(results.place)
     to_out(f"All {frame.shape[1]} columns: tune-easytrain results {place} --csv results.csv")
 
 

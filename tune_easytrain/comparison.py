@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 
 from tune_easytrain.columns import COMPARISON_COLUMNS, Mode, is_missing
@@ -78,7 +79,7 @@ def _config_columns(run: SweepResults, frame: pd.DataFrame) -> list[str]:
 
 def _values(frame: pd.DataFrame, key: str) -> Iterator[Any]:
     """Yield a config column's values so that those are equal that mean the same."""
-    for value in frame[key]:
+    for value in frame[key].tolist():
         if is_missing(value):
             yield None
         elif isinstance(value, bool):
@@ -133,11 +134,11 @@ def _agree(frames: Sequence[pd.DataFrame], key: str, matches: Sequence[Match]) -
 
 def _taken(frame: pd.DataFrame, column: str, rows: Sequence[int]) -> pd.Series[Any]:
     """Return a column's values in these rows; missing for -1."""
-    return pd.Series(frame[column].array.take(list(rows), allow_fill=True))
+    return pd.Series(frame[column].array.take(np.array(rows, dtype="int64"), allow_fill=True))
 
 
 def _common(frames: Sequence[pd.DataFrame], key: str, matches: Sequence[Match]) -> pd.Series[Any]:
-    values_a, values_b = (list(frame[key]) for frame in frames)
+    values_a, values_b = (frame[key].tolist() for frame in frames)
     return config_series(key, [values_b[row_b] if row_a < 0 else values_a[row_a] for row_a, row_b in matches])
 
 

@@ -173,9 +173,9 @@ def _holds(frame: pd.DataFrame, comparison: Comparison) -> list[bool]:
     if word.is_null:
         if not is_equality:
             raise _fault(comparison.text, "null is neither more nor less than anything", _EQUALITY)
-        return [bool(compare(is_missing(value), True)) for value in column]
+        return [bool(compare(is_missing(value), True)) for value in column.tolist()]
     if is_object_dtype(column.dtype):
-        return [not is_missing(value) and _compare_mixed(compare, value, word) for value in column]
+        return [not is_missing(value) and _compare_mixed(compare, value, word) for value in column.tolist()]
     meant, values = _meant(column, word, comparison, is_equality)
     return [not is_missing(value) and bool(compare(value, meant)) for value in values]
 
@@ -192,10 +192,10 @@ def _meant(
             )
         if not is_equality:
             raise _fault(comparison.text, f"{name} is true or false, neither more nor less", _EQUALITY)
-        return word.truth, list(column)
+        return word.truth, column.tolist()
     if is_datetime64_any_dtype(column.dtype):
         try:
-            return pd.to_datetime(word.text, utc=True), list(column)
+            return pd.to_datetime(word.text, utc=True), column.tolist()
         except ValueError:
             problem = f"{name} holds times, and {word.text!r} is none"
             raise _fault(comparison.text, problem, "write one such as 2026-11-22T10:00") from None
@@ -204,8 +204,8 @@ def _meant(
             raise _fault(
                 comparison.text, f"{name} holds numbers, and {word.text!r} is none", "write a number"
             )
-        return word.number, list(column)
-    return word.text, list(column)
+        return word.number, column.tolist()
+    return word.text, column.tolist()
 
 
 def _compare_mixed(compare: Callable[[Any, Any], Any], value: Any, word: Word) -> bool:

@@ -109,7 +109,7 @@ def typed_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
-    values = [None if is_missing(value) else value for value in column]
+    values = [None if is_missing(value) else value for value in column.tolist()]
     dtype = scalar_dtype(values)
     if dtype == "object":
         dtype, values = "string", [None if value is None else as_text(value) for value in values]

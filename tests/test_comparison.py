@@ -116,7 +116,7 @@ def test_values_of_a_crossed_grid_that_differ_are_other_trials(tmp_path: Path) -
     other = compare(run_of(tmp_path, crossed([0.1, 1])), run_of(tmp_path, crossed([2, 10])))
     assert other["found_in"].tolist() == ["a"] * 4 + ["b"] * 4
     by_model = compare(
-        run_of(tmp_path, crossed([0.1, 1])), run_of(tmp_path, crossed([2, 10])), on=["model.type"]
+        run_of(tmp_path, crossed([0.1, 1])), run_of(tmp_path, crossed([2, 10])), on="model.type"
     )
     assert matched(by_model) == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert by_model["hp.lr_b"].tolist() == [2, 10, 2, 10]
@@ -126,6 +126,14 @@ def test_trials_that_are_alike_are_matched_in_order(tmp_path: Path) -> None:
     alike = [{"model.type": "a"}] * 2
     frame = compare(run_of(tmp_path, alike), run_of(tmp_path, [*alike, {"model.type": "a"}]))
     assert matched(frame) == [(0, 0), (1, 1), (None, 2)]
+
+
+def test_a_key_with_the_name_of_a_column_stays_apart(tmp_path: Path) -> None:
+    trials = [finished(epoch(1, 0.5), config={"found_in": place}) for place in ("here", "there")]
+    sweep = {"grid_search": {"grid": {"found_in": ["here", "there"]}}}
+    frame = compare(make_run(tmp_path, [*trials], **sweep), make_run(tmp_path, [*trials], **sweep))
+    assert frame["config.found_in"].tolist() == ["here", "there"]
+    assert frame["found_in"].tolist() == ["both", "both"]
 
 
 def test_true_is_not_one(tmp_path: Path) -> None:

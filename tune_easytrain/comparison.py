@@ -11,7 +11,7 @@ import pandas as pd
 
 from tune_easytrain.columns import COMPARISON_COLUMNS, Mode, is_missing
 from tune_easytrain.errors import BadInputError, did_you_mean
-from tune_easytrain.frame import as_text, config_series
+from tune_easytrain.frame import as_text, config_column, config_series
 from tune_easytrain.results import SweepResults, load_results
 
 Match = tuple[int, int]
@@ -24,7 +24,7 @@ def compare(
     *,
     metric: str | None = None,
     mode: Mode | None = None,
-    on: Sequence[str] | None = None,
+    on: str | Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Return one row per trial of two runs, those of the first run first; `COMPARISON_COLUMNS` and more.
 
@@ -50,6 +50,7 @@ def compare(
     frames = [run.frame(metric=metric, mode=mode) for run in runs]
     configs = [_config_columns(run, frame) for run, frame in zip(runs, frames, strict=True)]
     shared = [key for key in configs[0] if key in configs[1]]
+    on = [on] if isinstance(on, str) else on
     for key in on or ():
         if key not in shared:
             raise BadInputError(f"on: no config key {key!r} in both runs; {did_you_mean(key, shared)}")
@@ -61,8 +62,8 @@ def compare(
         for key in dict.fromkeys([*configs[0], *configs[1]])
         if key not in agreed and not (key in shared and _agree(frames, key, matches))
     ]
-    columns = {key: _common(frames, key, matches) for key in agreed}
-    columns |= _measured(frames, metric, matches)
+    measured = _measured(frames, metric, matches)
+    columns = {config_column(key, measured): _common(frames, key, matches) for key in agreed} | measured
     columns |= {
         f"{key}_{side}": _taken(frame, key, [match[position] for match in matches])
         for key in differing

@@ -1,12 +1,16 @@
 """A long sweep on a cluster whose processes and nodes are killed all the time.
 
     python benchmarks/soak.py [--num-trials 1000] [--seed 0] [--json soak_2_cores.json]
+    python benchmarks/soak.py --bare [--num-trials 600] [--json soak_2_cores.json]
 
 A cluster of a head and three nodes on this machine runs the same small trial many times. A schedule that is
 drawn from the seed kills the child of a trial, the Ray worker of one, or a whole node, which another one then
 replaces. At the end every trial must have ended once, with the same loss up to rounding; the driver's memory
 and open files are watched meanwhile. It stops by itself after `--most-minutes`. Exit code 1 if anything is
 wrong.
+
+`--bare` runs trials of Ray Tune's own instead, of which nothing is killed, that report and store checkpoints
+as often; how their driver's memory grows is added to the figures in the file.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import tune
 from ray.cluster_utils import Cluster
 
 import tune_easytrain as te
@@ -37,6 +43,7 @@ NUM_NODES, CPUS_PER_NODE = 3, 1
 KINDS, WEIGHTS = ("child", "worker", "node"), (12, 6, 1)
 MIB = 2**20
 MOST_FAILURES = 20
+NUM_EPOCHS = 3
 
 
 def make_sweep(num_trials: int, storage: str) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def make_sweep(num_trials: int, storage: str) -> dict[str, Any]:
         "config": {"data": {"num_samples": 30}},
         "grid_search": {"grid": {"number": list(range(num_trials)), "hp.batch_size": [4]}},
         "batch": {"effective_batch_size": 8, "memory_budget": "512MiB"},
-        "train": {"epochs": 3},
+        "train": {"epochs": NUM_EPOCHS},
         "trial": {"max_failures": MOST_FAILURES},
         "run": {"metric": "val_loss", "mode": "min", "storage": storage},
     }
@@ -137,6 +144,78 @@ def measure(pid: int) -> dict[str, float]:
     }
 
 
+class BareTrial(tune.Trainable):  # type: ignore[misc]
+    """A trial of Ray Tune's own that reports as often as those of the soak, and stores as much."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin."""
+        self._epoch = 0
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin as the next trial."""
+        self._epoch = 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Report."""
+        self._epoch += 1
+        return {"val_loss": 1 / self._epoch, "epoch": self._epoch, "done": self._epoch == NUM_EPOCHS}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Store next to nothing."""
+        Path(checkpoint_dir, "checkpoint").write_text(str(self._epoch))
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing goes on."""
+
+
+class MemoryWatch(tune.Callback):  # type: ignore[misc]
+    """Measures this process each time that so many more trials have ended."""
+
+    def __init__(self, every: int) -> None:
+        self.samples: list[dict[str, float]] = []
+        self._every, self._ended = every, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Count, and measure."""
+        self._ended += 1
+        if self._ended % self._every == 0:
+            self.samples.append({"ended": self._ended, **measure(os.getpid())})
+            print(self.samples[-1], flush=True)
+
+
+def run_bare(num_trials: int) -> dict[str, Any]:
+    """Run bare trials on a Ray of this machine, and return how this process grew meanwhile."""
+    watch = MemoryWatch(every=max(1, num_trials // 12))
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory() as storage:
+        tune.Tuner(
+            BareTrial,
+            param_space={"number": tune.grid_search(list(range(num_trials))), "hp": {"batch_size": 4}},
+            tune_config=tune.TuneConfig(metric="val_loss", mode="min", reuse_actors=True),
+            run_config=tune.RunConfig(
+                storage_path=storage,
+                verbose=0,
+                callbacks=[watch],
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
+            ),
+        ).fit()
+    ray.shutdown()
+    return {
+        "num_trials": num_trials,
+        "kib_per_trial": growth_per_trial(watch.samples),
+        "driver": watch.samples,
+    }
+
+
+def growth_per_trial(samples: list[dict[str, float]]) -> float:
+    """Return by how many KiB a driver grew per trial, once a tenth of the trials had ended."""
+    first = next(sample for sample in samples if sample["ended"] >= samples[-1]["ended"] / 10)
+    last = samples[-1]
+    mib = (last["memory_mib"] - first["memory_mib"]) / (last["ended"] - first["ended"])
+    return round(1024 * mib, 1)
+
+
 def check(results: te.SweepResults, num_trials: int) -> list[str]:
     """Return what is wrong with the results of a sweep."""
     faults = []
@@ -202,6 +281,7 @@ def soak(num_trials: int, seed: int, mean_seconds: float, most_minutes: float) -
             "states": dict(Counter(frame["state"])),
             "num_failures": int(frame["num_failures"].sum()),
             "most_failures_of_a_trial": int(frame["num_failures"].max()),
+            "kib_per_trial": growth_per_trial(samples),
             "driver": samples,
             "num_leftover_folders": len(
                 set(Path(tempfile.gettempdir()).glob("tune_easytrain_*")) - leftovers
@@ -222,11 +302,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mean-seconds", type=float, default=10.0, help="between two kills, on average")
     parser.add_argument("--most-minutes", type=float, default=60.0)
+    parser.add_argument("--bare", action="store_true", help="trials of Ray Tune's own, to compare with")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the cluster is this machine's, for this time
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.bare:
+        bare = run_bare(options.num_trials)
+        if options.json is not None:
+            figures = json.loads(options.json.read_text()) | {"bare_ray_tune": bare}
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        return
     figures = soak(options.num_trials, options.seed, options.mean_seconds, options.most_minutes)
     told = {key: value for key, value in figures.items() if key != "driver"}
     print(json.dumps(told, indent=2))

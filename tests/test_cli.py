@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import re
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -305,6 +313,110 @@ def test_results_as_json_are_the_frame(ask: Ask, tmp_path: Path, toy_sweep: Path
     assert [row["state"] for row in rows] == ["probing", "failed"]
     assert rows[0]["val_loss_best"] == 0.25
     assert rows[1]["val_loss_best"] is None
+
+
+def ids(answer: Answer) -> list[str]:
+    return [
+        line.split()[0]
+        for line in answer.out.splitlines()
+        if line.startswith(" trial_0") and "failed:" not in line
+    ]
+
+
+def test_results_of_some_trials_in_another_order(ask: Ask, tmp_path: Path, toy_sweep: Path) -> None:
+    run_dir = make_run(tmp_path, toy_sweep)
+    assert ids(ask("results", run_dir, "--sort", "-trial_id")) == ["trial_00001", "trial_00000"]
+    assert ids(ask("results", run_dir, "--sort", "val_loss")) == ["trial_00000", "trial_00001"]
+    files = ["--csv", tmp_path / "some.csv", "--parquet", tmp_path / "some.parquet"]
+    where = ["--where", "state == failed and val_loss == null", "--where", "hp.learning_rate > 0"]
+    answer = ask("results", run_dir, *where, *files)
+    assert ids(answer) == ["trial_00001"]
+    assert "Best" not in answer.out
+    assert pd.read_csv(tmp_path / "some.csv")["trial_id"].tolist() == ["trial_00001"]
+    assert pd.read_parquet(tmp_path / "some.parquet")["trial_id"].tolist() == ["trial_00001"]
+    assert [row["trial_id"] for row in json.loads(ask("results", run_dir, *where, "--json").out)] == [
+        "trial_00001"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--where", "modl.type == 3"], "no column 'modl.type'; did you mean 'model.type'?"),
+        (["--where", "__import__('os').system('touch owned')"], "one of == != < <= > >= is missing"),
+        (["--sort", "val_los"], "no column 'val_los'; did you mean 'val_loss'"),
+        (["--compare", "gone"], "gone is not a run directory"),
+        (["--errors", "--json"], "leave out --compare and --json"),
+    ],
+)
+def test_results_that_cannot_be_chosen_are_bad_input(
+    ask: Ask, tmp_path: Path, toy_sweep: Path, options: list[str], told: str
+) -> None:
+    answer = ask("results", make_run(tmp_path, toy_sweep), *options)
+    assert (answer.code, answer.out) == (2, "")
+    (line,) = answer.err.strip().splitlines()
+    assert told in line
+
+
+def test_results_are_compared_with_another_runs(ask: Ask, tmp_path: Path, toy_sweep: Path) -> None:
+    run_a, run_b = (make_run(tmp_path, toy_sweep) for _ in range(2))
+    answer = ask("results", run_a, "--compare", run_b, "--csv", tmp_path / "compared.csv")
+    assert answer.code == 0
+    assert answer.out.split()[:4] == ["trial", "a", "trial", "b"]
+    assert "Trials: 2 in both, 0 in a alone, 0 in b alone" in answer.out
+    written = pd.read_csv(tmp_path / "compared.csv")
+    assert written["val_loss_difference"].tolist()[:1] == [0.0]
+    some = ask(
+        "results",
+        run_a,
+        "--compare",
+        run_b,
+        "--where",
+        "state_a == failed",
+        "--sort",
+        "-trial_id_b",
+        "--json",
+    )
+    assert [row["trial_id_a"] for row in json.loads(some.out)] == ["trial_00001"]
+
+
+def test_errors_are_shown_whole_where_they_are_asked_for(ask: Ask, tmp_path: Path, toy_sweep: Path) -> None:
+    run_dir = make_run(tmp_path, toy_sweep)
+    error = f"ValueError: {'a long story, ' * 40}and its end"
+    events = [Failed(error=error, details="Traceback (most recent call last):\n  in the task\n" + error)]
+    append_events(run_dir / "trials" / "trial_00001.jsonl", events)
+    short, whole = ask("results", run_dir), ask("results", run_dir, "--errors")
+    assert "trial_00001 failed: ValueError: a long story" in short.out
+    assert "and its end" not in short.out
+    assert "Whole errors: tune-easytrain results" in short.out
+    assert f"trial_00001 failed: {error}\nTraceback (most recent call last):\n  in the task\n" in whole.out
+    assert ask("results", run_dir, "--errors", "--where", "state != failed").out == "No trial failed.\n"
+
+
+def test_a_terminal_of_80_columns_shows_whole_cells(tmp_path: Path, toy_sweep: Path) -> None:
+    """On a real terminal, since that is where the width comes from."""
+    run_dir = make_run(tmp_path, toy_sweep)
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "tune_easytrain", "results", str(run_dir)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdout=terminal, env=environment | {"TERM": "xterm"}) as process:
+        os.close(terminal)
+        printed = b""
+        with contextlib.suppress(OSError):  # how a terminal says that its other end is closed
+            while part := os.read(controller, 4096):
+                printed += part
+    os.close(controller)
+    assert process.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("trial_00001 failed"))
+    table = lines[:end]
+    assert max(map(len, table)) <= 80
+    assert sum(line.startswith(" trial_0") for line in table) == 2
+    (row,) = [line.split() for line in table if line.startswith(" trial_00000")]
+    assert row[:2] == ["trial_00000", "[small]"]
+    assert row[-1] == "0.25"
+    assert any(line.startswith("Not shown at this width: tries") for line in lines)
 
 
 @pytest.mark.parametrize("command", ["validate", "plan", "probe", "run", "resume", "results"])

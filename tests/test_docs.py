@@ -27,12 +27,19 @@ from pydantic_core import PydanticUndefined
 from test_memory_plan import make_plan, make_sweep
 
 import tune_easytrain as te
-from tune_easytrain import cli, events, probe, sections
+from tune_easytrain import cli, condition, events, probe, sections
 from tune_easytrain.accelerators import ACCELERATORS
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import GridSearchConfig
 from tune_easytrain.logger_config import LoggerConfig
-from tune_easytrain.results import COLUMNS, build_frame, summary_rows
+from tune_easytrain.results import (
+    COLUMNS,
+    COMPARISON_COLUMNS,
+    HISTORY_COLUMNS,
+    Column,
+    build_frame,
+    summary_rows,
+)
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.sweep_metrics import METRICS, PREFIX
 from tune_easytrain.yaml_source import read_text
@@ -560,9 +567,22 @@ def test_the_metrics_are_the_codes() -> None:
     ]
 
 
-def test_the_columns_are_the_codes() -> None:
-    documented = [[code(name), *rest] for name, *rest in table_below("docs/results.md", "### Fixed columns")]
-    assert documented == [[c.name, c.dtype, c.unit or "–", c.meaning] for c in COLUMNS]
+@pytest.mark.parametrize(
+    ("heading", "columns"),
+    [
+        ("### Fixed columns", COLUMNS),
+        ("### History columns", HISTORY_COLUMNS),
+        ("### Comparison columns", COMPARISON_COLUMNS),
+    ],
+)
+def test_the_columns_are_the_codes(heading: str, columns: Sequence[Column]) -> None:
+    documented = [[code(name), *rest] for name, *rest in table_below("docs/results.md", heading)]
+    assert documented == [[c.name, c.dtype, c.unit or "–", c.meaning] for c in columns]
+
+
+def test_the_operators_of_conditions_are_the_codes() -> None:
+    _, operators, _ = table_below("docs/results.md", "A condition is one comparison")
+    assert re.findall(r"`([^`]+)`", operators[1]) == [*condition._OPERATORS]
 
 
 def test_the_events_are_the_codes() -> None:
@@ -628,6 +648,8 @@ def test_the_soak_is_what_was_measured() -> None:
         f"{figures['num_failures']}, of one trial {figures['most_failures_of_a_trial']} at most",
         f"{figures['minutes']:g}",
         f"{first} to {last} MiB",
+        f"{figures['kib_per_trial']:.0f} KiB",
+        f"{figures['bare_ray_tune']['kib_per_trial']:.0f} KiB",
         f"{max(sample['open_files'] for sample in samples):g} at most",
     ]
 

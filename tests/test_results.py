@@ -1,88 +1,26 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from pandas.api.types import is_object_dtype
+from runs import epoch, finished, make_run, trial_config
 
-from tune_easytrain.config import load_config
 from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import (
     Created,
     Event,
     Failed,
-    Finished,
     Interrupted,
-    Planned,
     Probed,
     Reported,
     Started,
     append_events,
 )
-from tune_easytrain.results import COLUMNS, SweepResults, load_results, summary_rows
-from tune_easytrain.run_directory import RunDirectory, trial_id
-
-GRID = {"model.type": ["small", "large"], "hp.batch_size": [4, 2]}
-
-
-def make_run(folder: Path, trials: list[list[Event]], **sweep: Any) -> SweepResults:
-    content = {
-        "grid_search": {"grid": GRID},
-        "batch": {"effective_batch_size": 8},
-        "run": {"metric": "val_accuracy", "mode": "max"},
-        **sweep,
-    }
-    directory = RunDirectory.create(folder, "demo")
-    directory.save_sweep(load_config(content).resolved())
-    for index, events in enumerate(trials):
-        append_events(directory.trial_path(trial_id(index)), events)
-    return load_results(directory.path)
-
-
-def trial_config(name: str = "small", **more: Any) -> dict[str, Any]:
-    return {"model": {"type": name}, "hp": {"batch_size": 4}, "batch": {"effective_batch_size": 8}, **more}
-
-
-def epoch(number: int, accuracy: float, loss: float = 1.0) -> Reported:
-    metrics = {
-        "epoch": number,
-        "optimizer_steps": 5 * number,
-        "num_samples": 40 * number,
-        "learning_rate": 0.1,
-        "gradient_noise_scale": 50.0 * number,
-    }
-    metrics |= {
-        "samples_per_second": 20.0,
-        "data_wait_share": 0.25,
-        "gpu_utilization": 0.5,
-        "tokens_per_second": 640.0,
-        "padding_share": 0.125,
-        "epoch_seconds": 2.5,
-        "train_loss": loss,
-        "val_accuracy": accuracy,
-    }
-    return Reported(metrics=metrics, peak_memory_bytes=100 * number)
-
-
-def finished(*reports: Reported, config: dict[str, Any] | None = None) -> list[Event]:
-    attempt = {"microbatch_size": 4, "outcome": "fits"}
-    return [
-        Started(config=config or trial_config()),
-        Probed(microbatch_size=4, budget_bytes=999, bounded_by="limit", seconds=1.5, attempts=[attempt] * 2),
-        Planned(
-            device="cpu",
-            budget_bytes=999,
-            effective_batch_size=8,
-            microbatch_size=4,
-            accumulation_steps=2,
-            num_workers=1,
-            strategy="25 % again",
-        ),
-        *reports,
-        Finished(reason="all done"),
-    ]
+from tune_easytrain.results import COLUMNS, SweepResults, load_results
 
 
 def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
@@ -203,6 +141,82 @@ def test_the_best_trial_is_that_of_the_sweeps_metric(tmp_path: Path, mode: str, 
     assert row["trial_id"] == best
 
 
+def two_metrics(tmp_path: Path) -> SweepResults:
+    """The second trial is the more accurate one, the first has the lower loss, in its first epoch."""
+    trials = [
+        finished(epoch(1, 0.5, 1.0), epoch(2, 0.6, 3.0)),
+        finished(epoch(1, 0.9, 4.0), epoch(2, 0.8, 2.0), config=trial_config("large")),
+        [Created(config=trial_config("large"))],
+    ]
+    return make_run(tmp_path, [*trials])
+
+
+def test_best_by_another_metric_is_of_that_metrics_epoch(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    row = results.best("train_loss")
+    assert row is not None
+    assert (row["trial_id"], row["best_epoch"]) == ("trial_00000", 1)
+    assert (row["train_loss_best"], row["val_accuracy_best"]) == (1.0, 0.5)
+    assert list(row.index) == list(results.frame().columns)
+    worst = results.best("train_loss", mode="max")
+    assert worst is not None
+    assert (worst["trial_id"], worst["train_loss_best"]) == ("trial_00001", 4.0)
+    frame = results.frame(metric="train_loss")
+    assert frame["train_loss_best"].tolist()[:2] == [1.0, 2.0]
+
+
+def test_best_by_a_column_and_among_some(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    trials = {
+        by: None if (row := results.best(by, where)) is None else row["trial_id"]
+        for by, where in (
+            (None, None),
+            ("val_accuracy", "model.type == small"),
+            ("val_accuracy_last", None),
+            ("train_loss_best", None),
+            ("samples_per_second", ["model.type == large", "state == finished"]),
+            ("peak_memory_bytes", "model.type == gone"),
+        )
+    }
+    assert trials == {
+        None: "trial_00001",
+        "val_accuracy": "trial_00000",
+        "val_accuracy_last": "trial_00001",
+        "train_loss_best": "trial_00000",  # 3.0, in the epoch of the best accuracy, against 4.0
+        "samples_per_second": "trial_00001",
+        "peak_memory_bytes": None,
+    }
+    row = results.best("hp.batch_size", mode="min")
+    assert row is not None
+    assert row["trial_id"] == "trial_00000"  # the first of equals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"by": "train_los"}, "no column 'train_los'; did you mean 'train_loss'"),
+        ({"by": "model.type"}, "that column holds no numbers"),
+        ({"by": "probe_cached"}, "that column holds no numbers"),
+        ({"by": "hp.batch_size"}, "add mode='max' or mode='min'"),
+        ({"by": "train_loss", "mode": "least"}, "neither 'min' nor 'max'"),
+        ({"where": "modl.type == small"}, "did you mean 'model.type'"),
+    ],
+)
+def test_a_best_that_cannot_be_told_is_bad_input(
+    tmp_path: Path, arguments: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(BadInputError, match=re.escape(told)):
+        two_metrics(tmp_path).best(**arguments)
+
+
+def test_a_frame_in_another_order(tmp_path: Path) -> None:
+    results = two_metrics(tmp_path)
+    assert results.frame(sort="val_accuracy")["trial_id"].str[-1].tolist() == ["1", "0", "2"]
+    assert results.frame(sort="-trial_id", where="epochs == 2")["trial_id"].str[-1].tolist() == ["1", "0"]
+    with pytest.raises(BadInputError, match="no metric 'loss'; did you mean"):
+        results.frame(metric="loss")
+
+
 def test_the_csv_holds_the_frame(tmp_path: Path) -> None:
     results = make_run(tmp_path, [finished(epoch(1, 0.5)), [Created(config=trial_config("large"))]])
     results.save_csv(tmp_path / "results.csv")
@@ -259,37 +273,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         load_results(tmp_path)
 
 
-def test_a_trial_whose_plan_was_lost_is_shown_all_the_same(tmp_path: Path) -> None:
-    results = make_run(tmp_path, [[Started(config=trial_config()), epoch(1, 0.5)]])
-    headings, rows = summary_rows(results.frame(), "val_accuracy", [])
-    assert dict(zip(headings, rows[0], strict=True))["peak / budget"] == ""
-
-
-def test_the_summary_shows_errors_only_where_there_are_any(tmp_path: Path) -> None:
-    results = make_run(tmp_path, [finished(epoch(1, 0.5))])
-    headings, rows = summary_rows(results.frame(), "val_accuracy", results.varied_keys())
-    assert headings[:3] == ["trial", "model.type", "hp.batch_size"]
-    assert "error" not in headings
-    assert rows[0][-1] == "0.5"
-    failed = make_run(tmp_path, [[Started(config=trial_config()), Failed(error="KeyError: 'x'\nmore")]])
-    headings, rows = summary_rows(failed.frame(), "val_accuracy", ["model.type", "gone"])
-    assert headings[-1] == "error"
-    assert rows[0][-1] == "KeyError: 'x'"
-
-
 def test_a_config_key_named_like_a_metrics_column_stays_apart(tmp_path: Path) -> None:
     own = trial_config(val_accuracy_best="mine")
     frame = make_run(tmp_path, [finished(epoch(1, 0.9), config=own), [Created(config=own)]]).frame()
     assert frame["config.val_accuracy_best"].tolist() == ["mine", "mine"]
     assert frame["val_accuracy_best"].tolist()[0] == 0.9
-
-
-def test_values_that_are_lists_stand_in_the_table(tmp_path: Path) -> None:
-    results = make_run(
-        tmp_path, [[Created(config={"shape": [1, 2]})]], grid_search={"grid": {"shape": [[1, 2], [3]]}}
-    )
-    _, rows = summary_rows(results.frame(), results.metric, results.varied_keys())
-    assert rows[0][1] == "[1, 2]"
 
 
 def test_a_count_with_a_fraction_is_missing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tune_easytrain.accumulate import AccumulationRecord, accumulate_gradients
     from tune_easytrain.batch import split_batch
     from tune_easytrain.batch_plan import BatchPlan
+    from tune_easytrain.comparison import compare
     from tune_easytrain.config import SweepConfig, load_config
     from tune_easytrain.device_probe import find_microbatch
     from tune_easytrain.errors import (
@@ -38,6 +39,7 @@ _MODULES = {
     "accumulate": ("AccumulationRecord", "accumulate_gradients"),
     "batch": ("split_batch",),
     "batch_plan": ("BatchPlan",),
+    "comparison": ("compare",),
     "config": ("SweepConfig", "load_config"),
     "device_probe": ("find_microbatch",),
     "errors": (
@@ -84,6 +86,7 @@ __all__ = [
     "TuneEasyTrainError",
     "UnknownNameError",
     "accumulate_gradients",
+    "compare",
     "estimate_memory",
     "expand_trials",
     "find_microbatch",

@@ -1,6 +1,6 @@
-"""The command line: `tune-easytrain validate | plan | probe | run | resume | results`.
+"""The command line: `tune-easytrain validate | plan | probe | run | resume`.
 
-`cli_jobs` has the commands for jobs of a cluster.
+`cli_results` has the command that shows results, `cli_jobs` those for jobs of a cluster.
 
 Exit codes: 0 done, 1 trials failed, 2 bad input, 130 interrupted.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from tune_easytrain import cli_jobs
+from tune_easytrain import cli_jobs, cli_results
 from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 from tune_easytrain.plain_text import printable
@@ -188,53 +187,8 @@ def resume(
     _finish(sweep.resume(run_dir, address=address), as_json)
 
 
-@app.command(epilog="Example:  tune-easytrain results runs/ucf101_demo_2026-11-22_10-00-00 --csv results.csv")
-def results(
-    run_dir: Annotated[
-        str | None,
-        typer.Argument(help="The run directory of a sweep, running or done, or its URL.", show_default=False),
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the whole frame to this CSV file.")] = None,
-    parquet: Annotated[
-        Path | None, typer.Option(help="Write it to this Parquet file, with the columns' types.")
-    ] = None,
-    cluster: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Fetch it, or the newest, from the head of the cluster that `ray up FILE` started.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the results of a sweep as they stand."""
-    from tune_easytrain.results import load_results
-
-    if cluster is None:
-        if run_dir is None:
-            raise BadInputError(
-                "which sweep? Give its run directory, or --cluster FILE for the newest one there"
-            )
-        _show_results(load_results(run_dir), csv, parquet, as_json)
-        return
-    from tune_easytrain.fetched_run import fetch_run
-    from tune_easytrain.results import SweepResults
-
-    with tempfile.TemporaryDirectory() as folder:
-        directory = fetch_run(cluster, run_dir, Path(folder))
-        to_err(f"Run directory: {directory.path.name}, as it stands on the cluster")
-        _show_results(SweepResults(directory), csv, parquet, as_json)
-
-
+cli_results.add_commands(app)
 cli_jobs.add_commands(app)
-
-
-def _show_results(results: SweepResults, csv: Path | None, parquet: Path | None, as_json: bool) -> None:
-    if csv is not None:
-        results.save_csv(csv)
-    if parquet is not None:
-        results.save_parquet(parquet)
-    _print_results(results, as_json)
 
 
 def _load(file: Path, overrides: list[str] | None) -> SweepConfig:
@@ -310,7 +264,7 @@ def _check_models(config: SweepConfig, task_payload: bytes, max_experiments: int
 
 
 def _finish(results: SweepResults, as_json: bool) -> NoReturn:
-    _print_results(results, as_json)
+    cli_results.print_results(results, results.frame(), as_json)
     num_failed, num_unfinished = results.num_failed, results.num_unfinished
     if num_unfinished:
         to_err(
@@ -320,25 +274,10 @@ def _finish(results: SweepResults, as_json: bool) -> NoReturn:
         raise typer.Exit(EXIT_INTERRUPTED)
     if num_failed:
         to_err(
-            f"{num_failed} trials failed; the column `error` says why, `trials/<id>.jsonl` has the tracebacks"
+            f"{num_failed} trials failed; tune-easytrain results {shlex.quote(results.place)} --errors "
+            "has the tracebacks"
         )
     raise typer.Exit(EXIT_FAILED if num_failed else 0)
-
-
-def _print_results(results: SweepResults, as_json: bool) -> None:
-    frame = results.frame()
-    if as_json:
-        to_out(frame.to_json(orient="records", indent=2, default_handler=str))
-        return
-    from tune_easytrain.results import summary_rows
-
-    headings, rows = summary_rows(frame, results.metric, results.varied_keys())
-    print_table(headings, rows)
-    best = results.best()
-    if best is not None:
-        to_out(f"Best {results.metric}: {best[f'{results.metric}_best']:.4g} ({best['trial_id']})")
-    place = shlex.quote(results.place)
-    to_out(f"All {frame.shape[1]} columns: tune-easytrain results {place} --csv results.csv")
 
 
 if __name__ == "__main__":

@@ -1,92 +1,46 @@
-"""The results of a sweep: run directory to DataFrame. This module owns every column and its unit."""
+"""The results of a sweep: run directory to frames, and the rows in them that are asked for.
+
+What users need of the modules below is here too: columns (`columns.py`), frames (`frame.py`), the short table
+(`summary.py`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import pandas as pd
-from pandas.api.types import is_object_dtype
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.errors import BadInputError, RunDirectoryError
+from tune_easytrain.columns import COLUMNS, COMPARISON_COLUMNS, HISTORY_COLUMNS, Column, Mode
+from tune_easytrain.condition import select
+from tune_easytrain.errors import BadInputError, RunDirectoryError, did_you_mean
 from tune_easytrain.events import load_events
+from tune_easytrain.frame import build_frame, metric_names, typed_columns
+from tune_easytrain.frame_files import write_csv, write_parquet
+from tune_easytrain.history import build_history
+from tune_easytrain.ranking import find_column, require_mode, sort_rows
 from tune_easytrain.run_directory import RunDirectory
-from tune_easytrain.trial_record import PROGRESS_KEYS, TrialRecord, TrialState
+from tune_easytrain.summary import summary_rows
+from tune_easytrain.trial_record import TrialRecord, TrialState
 from tune_easytrain.trial_space import SECTION_NAMES, flatten_config
 
+__all__ = [
+    "COLUMNS",
+    "COMPARISON_COLUMNS",
+    "HISTORY_COLUMNS",
+    "Column",
+    "SweepResults",
+    "build_frame",
+    "load_results",
+    "summary_rows",
+    "typed_columns",
+]
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One fixed column: its name, pandas dtype, unit (empty: none), and meaning."""
-
-    name: str
-    dtype: str
-    unit: str
-    meaning: str
-
-
-COLUMNS = (
-    Column("trial_id", "string", "", "the trial's id; ids sort in the sweep file's order"),
-    Column(
-        "state",
-        "string",
-        "",
-        "pending, probing, training, interrupted, finished, stopped (by the scheduler) or failed",
-    ),
-    Column("error", "string", "", "why the trial failed, with the error's type; empty where it did not"),
-    Column("effective_batch_size", "Int64", "samples", "behind one optimizer step, over all workers"),
-    Column("microbatch_size", "Int64", "samples", "in the largest forward and backward pass of one worker"),
-    Column("accumulation_steps", "Int64", "", "micro-batches behind one optimizer step on one worker"),
-    Column("num_workers", "Int64", "", "processes that trained the trial together"),
-    Column("device", "string", "", "the device's name, cpu for a CPU"),
-    Column("strategy", "string", "", "what `memory.strategy: auto` chose, and what it costs; else empty"),
-    Column("probe_attempts", "Int64", "", "micro-batch sizes tried on the device; 0 with the probe off"),
-    Column("probe_cached", "boolean", "", "whether it only had to confirm what another trial had found"),
-    Column("probe_seconds", "float64", "s", "wall time of these attempts"),
-    Column("memory_budget_bytes", "Int64", "bytes", "what one worker was allowed to use of its device"),
-    Column("peak_memory_bytes", "Int64", "bytes", "the most device memory in use at once while training"),
-    Column("num_rescues", "Int64", "", "times memory ran out in training and a window was replayed smaller"),
-    Column(
-        "num_failures",
-        "Int64",
-        "",
-        "times a fault that was not its own ended it, and it went on from a checkpoint",
-    ),
-    Column("samples_per_second", "float64", "samples/s", "trained in the last epoch, evaluation left out"),
-    Column("data_wait_share", "float64", "", "share of that time in which the device waited for data"),
-    Column("gpu_utilization", "float64", "", "share of that time in which kernels ran on the GPU"),
-    Column(
-        "tokens_per_second",
-        "float64",
-        "tokens/s",
-        "trained in the last epoch without padding; missing unless the task has `lengths`",
-    ),
-    Column("padding_share", "float64", "", "share of the last epoch's tokens that were padding"),
-    Column("optimizer_steps", "Int64", "", "optimizer steps taken"),
-    Column("num_samples", "Int64", "samples", "trained on, each counted once per epoch"),
-    Column("learning_rate", "float64", "", "of the first parameter group after the last epoch"),
-    Column(
-        "gradient_noise_scale",
-        "float64",
-        "samples",
-        "batch size at which noise and signal of a step are equal; missing unless `train.noise_scale`",
-    ),
-    Column("epochs", "Int64", "", "epochs reported; a budget of samples or steps may end inside the last"),
-    Column("best_epoch", "Int64", "", "the epoch in which the sweep's metric was best"),
-    Column("epoch_seconds", "float64", "s", "wall time of the last epoch, with evaluation"),
-)
-"""The columns every frame has, zero trials or many. Behind the first three stands the trial's config, one
-column per key (`model.type`); behind all of them the metrics, two columns each (`<metric>_last`, and
-`<metric>_best` from the epoch in which the sweep's metric was best), and the `batch.`, `train.` and
-`memory.` keys."""
-
-_IDENTITY = ("trial_id", "state", "error")
-_SCALAR_DTYPES = ((str, "string"), (bool, "boolean"), (int, "Int64"), (float, "Float64"))
+Where = str | Iterable[str] | None
+"""A condition, or several that all have to hold (`condition.py` has the grammar); None: every trial."""
 
 
 class SweepResults:
@@ -96,7 +50,7 @@ class SweepResults:
         self._directory = run_directory
         run: Mapping[str, Any] = self.sweep()["run"]
         self.metric: str = run["metric"]
-        self.mode: Literal["min", "max"] = run["mode"]
+        self.mode: Mode = run["mode"]
 
     @property
     def run_dir(self) -> Path:
@@ -142,46 +96,118 @@ class SweepResults:
         """How many trials have not ended."""
         return sum(not record.state.is_final for record in self.records())
 
-    def frame(self) -> pd.DataFrame:
-        """Return one row per trial, failed and pending ones included; the columns are `COLUMNS` and more."""
-        return build_frame(self.records(), self.metric, self.mode, self._config_keys())
+    def frame(
+        self,
+        *,
+        where: Where = None,
+        sort: str | None = None,
+        metric: str | None = None,
+        mode: Mode | None = None,
+    ) -> pd.DataFrame:
+        """Return one row per trial, failed and pending ones included; the columns are `COLUMNS` and more.
 
-    def best(self) -> pd.Series[Any] | None:
-        """Return the row of the trial with the best value of the sweep's metric; None before any report."""
-        frame = self.frame()
-        ranked = frame.dropna(subset=[f"{self.metric}_best"]).sort_values(
-            f"{self.metric}_best", ascending=self.mode == "min", kind="stable"
-        )
+        Args:
+            where: which trials, such as `model.type == r3d_18 and val_accuracy > 0.9`.
+            sort: a column to sort by, rising, or falling with `-` before it; a metric's name sorts by its
+                best values, the best first. Default: the sweep's order.
+            metric: what a trial's best epoch is chosen by; default: the sweep's metric.
+            mode: which end of that metric is better; needed where neither the sweep nor its name says so.
+
+        Raises:
+            BadInputError: a column or metric is not there, or a condition cannot be read.
+        """
+        records = self.records()
+        chosen, mode = self._metric_and_mode(records, metric, mode)
+        frame = select(self._build(records, chosen, mode), where)
+        return frame if sort is None else sort_rows(frame, sort, chosen, mode)
+
+    def history(self, *, where: Where = None) -> pd.DataFrame:
+        """Return one row per trial and epoch; the columns are `HISTORY_COLUMNS`, grid keys and metrics.
+
+        Args:
+            where: which trials, as for `frame`.
+
+        Raises:
+            BadInputError: a condition cannot be read, or names a column that the frame has not.
+        """
+        records = self.records()
+        history = build_history(records, self.metric, self.varied_keys(), self.declared_values())
+        if where is None:
+            return history
+        chosen = select(self._build(records, self.metric, self.mode), where)["trial_id"]
+        return history[history["trial_id"].isin(set(chosen))].reset_index(drop=True)
+
+    def best(
+        self, by: str | None = None, where: Where = None, *, mode: Mode | None = None
+    ) -> pd.Series[Any] | None:
+        """Return the row of the best trial; None where no trial has a value.
+
+        Args:
+            by: a metric, or a column of numbers; default: the sweep's metric. By a metric each trial counts
+                with its best epoch by that metric, which is then what `best_epoch` and all `_best` are of.
+            where: among which trials, as for `frame`.
+            mode: which end is better, `min` or `max`; needed where neither the sweep nor the name says so.
+
+        Raises:
+            BadInputError: the column or metric is not there, holds no numbers, or needs a `mode`.
+        """
+        records = self.records()
+        by = self.metric if by is None else by
+        frame = self._build(records, self.metric, self.mode)
+        chosen = select(frame, where)
+        if by in _metrics_of(records) or by == self.metric:
+            metric, mode = self._metric_and_mode(records, by, mode)
+            kept = set(chosen["trial_id"])
+            frame = self._build(records, metric, mode).reindex(columns=frame.columns)
+            chosen, column = frame[frame["trial_id"].isin(kept)], f"{metric}_best"
+        else:
+            column = find_column(frame, by)
+            if is_bool_dtype(frame[column].dtype) or not is_numeric_dtype(frame[column].dtype):
+                raise BadInputError(f"best by {by!r}: that column holds no numbers")
+            is_own = by in (f"{self.metric}_best", f"{self.metric}_last")
+            mode = require_mode(by, mode or (self.mode if is_own else None))
+        ranked = chosen.dropna(subset=[column]).sort_values(column, ascending=mode == "min", kind="stable")
         return None if ranked.empty else ranked.iloc[0]
 
     def varied_keys(self) -> list[str]:
-        """Return the grid keys that tell the trials apart: those with more than one value."""
+        """Return the config keys that tell the trials apart: those with more than one value in the grid."""
         grid: Mapping[str, Any] = self.sweep()["grid_search"]["grid"]
-        return [key for key, values in grid.items() if not isinstance(values, list) or len(values) > 1]
+        varied = {key: v for key, v in grid.items() if not isinstance(v, list) or len(v) > 1}
+        return list(_grid_values(varied))
+
+    def declared_values(self) -> dict[str, list[Any]]:
+        """Return every dotted config key of the sweep, grid keys first, with the values its file gives it."""
+        sweep = self.sweep()
+        declared = _grid_values(sweep["grid_search"]["grid"])
+        constants = flatten_config({**sweep["config"], **{name: sweep[name] for name in SECTION_NAMES}})
+        for key, value in constants.items():
+            if key not in sweep["grid_search"]["grid"]:
+                declared.setdefault(key, []).append(value)
+        return declared
 
     def save_csv(self, path: str | Path) -> None:
         """Write the frame as CSV; raises BadInputError where the file cannot be written."""
-        try:
-            self.frame().to_csv(path, index=False)
-        except OSError as error:
-            raise BadInputError(f"cannot write {path}: {error}; choose another file") from None
+        write_csv(self.frame(), path)
 
     def save_parquet(self, path: str | Path) -> None:
         """Write the frame as Parquet; raises BadInputError where the file cannot be written.
 
         Columns keep their dtype. One whose values differ in type, or are lists, holds them as JSON texts.
         """
-        try:
-            typed_columns(self.frame()).to_parquet(path, index=False, engine="pyarrow")
-        except OSError as error:
-            raise BadInputError(f"cannot write {path}: {error}; choose another file") from None
+        write_parquet(self.frame(), path)
 
-    def _config_keys(self) -> list[str]:
-        sweep = self.sweep()
-        settings = {name: sweep[name] for name in SECTION_NAMES}
-        return list(
-            dict.fromkeys([*sweep["grid_search"]["grid"], *flatten_config({**sweep["config"], **settings})])
-        )
+    def _build(self, records: Sequence[TrialRecord], metric: str, mode: Mode) -> pd.DataFrame:
+        declared = self.declared_values()
+        return build_frame(records, metric, mode, declared, declared)
+
+    def _metric_and_mode(
+        self, records: Sequence[TrialRecord], metric: str | None, mode: Mode | None
+    ) -> tuple[str, Mode]:
+        if metric is None or metric == self.metric:
+            return self.metric, require_mode(self.metric, mode or self.mode)
+        if metric not in (known := _metrics_of(records)):
+            raise BadInputError(f"no metric {metric!r}; {did_you_mean(metric, [self.metric, *known])}")
+        return metric, require_mode(metric, mode)
 
 
 def load_results(run_dir: str | Path) -> SweepResults:
@@ -192,90 +218,30 @@ def load_results(run_dir: str | Path) -> SweepResults:
     return SweepResults(RunDirectory.open(run_dir))
 
 
-def build_frame(
-    records: Iterable[TrialRecord], metric: str, mode: Literal["min", "max"], config_keys: Iterable[str]
-) -> pd.DataFrame:
-    """Return the frame of some trials: fixed columns, config keys, metrics."""
-    fixed = [column.name for column in COLUMNS]
-    records = list(records)
-    metrics = {metric: None}  # dicts as ordered sets: every trial brings the same names again
-    metrics |= {name: None for record in records for name in record.last if name not in PROGRESS_KEYS}
-    metric_columns = [f"{name}_{which}" for name in metrics for which in ("last", "best")]
-    taken = frozenset((*fixed, *metric_columns))
-    config_columns = dict.fromkeys(_config_column(key, taken) for key in config_keys)
-    rows = []
-    for record in records:
-        config = {_config_column(key, taken): value for key, value in flatten_config(record.config).items()}
-        config_columns |= dict.fromkeys(config)
-        best = record.best(metric, mode)
-        values: dict[str, float | None] = {}
-        for name in (name for name in record.last if name not in PROGRESS_KEYS):
-            values |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}
-        rows.append({**config, **values, **_fixed_values(record, best)})
-    settings = [key for key in config_columns if key.split(".")[0] in SECTION_NAMES]
-    own = [key for key in config_columns if key.split(".")[0] not in SECTION_NAMES]
-    columns = list(dict.fromkeys([*_IDENTITY, *own, *fixed, *metric_columns, *settings]))
-    frame = pd.DataFrame(rows, columns=columns)
-    dtypes = {column.name: column.dtype for column in COLUMNS} | dict.fromkeys(metric_columns, "float64")
-    return frame.astype(cast("dict[str, Any]", dtypes))
+def _metrics_of(records: Iterable[TrialRecord]) -> dict[str, None]:
+    """Return the names of all metrics that were reported, in order."""
+    return {name: None for record in records for name in metric_names(record.last)}
 
 
-def typed_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the frame with one type in every column, as files with typed columns need.
-
-    A column of mixed values (`object`) gets the nullable dtype of its values where they are of one type, and
-    else holds their JSON texts; what is missing stays missing.
-    """
-    typed = frame.copy()
-    for position, dtype in enumerate(frame.dtypes):
-        if is_object_dtype(dtype):
-            typed.isetitem(position, _typed(frame.iloc[:, position]).array)
-    return typed
-
-
-def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
-    values = [None if _is_missing(value) else value for value in column]
-    kinds = {type(value) for value in values if value is not None}
-    for kind, dtype in _SCALAR_DTYPES:
-        if kinds <= {kind}:
-            with contextlib.suppress(OverflowError):  # an integer of 64 bits without a sign
-                return pd.Series(values, index=column.index, dtype=cast("Any", dtype))
-    texts = [None if value is None else json.dumps(value, default=str) for value in values]
-    return pd.Series(texts, index=column.index, dtype="string")
+def _grid_values(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the values of grid keys; a key whose values are mappings stands for the keys in them."""
+    values: dict[str, list[Any]] = {}
+    for key, entry in grid.items():
+        if isinstance(entry, Mapping):  # a distribution: its name and what it draws from
+            listed = [value for drawn_from in entry.values() for value in _as_list(drawn_from)]
+        else:
+            listed = _as_list(entry)
+        found: dict[str, list[Any]] = {}
+        for value in listed:
+            for name, item in flatten_config({key: value}).items():
+                found.setdefault(name, []).append(item)
+        for name, items in (found or {key: []}).items():
+            values.setdefault(name, []).extend(items)
+    return values
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
-
-
-def summary_rows(frame: pd.DataFrame, metric: str, keys: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of the frame as a person wants to see it first."""
-    keys = [key for key in keys if key in frame]
-    rows = []
-    for _, row in frame.iterrows():
-        peak, budget = row["peak_memory_bytes"], row["memory_budget_bytes"]
-        cells = [row["trial_id"], *(row[key] for key in keys), row["state"], row["effective_batch_size"]]
-        cells += [row["microbatch_size"], row["accumulation_steps"], row["probe_attempts"]]
-        cells += [
-            "" if pd.isna(peak) or pd.isna(budget) else f"{format_bytes(peak)} / {format_bytes(budget)}"
-        ]
-        cells += [row["num_samples"], row["optimizer_steps"], _short(row["samples_per_second"])]
-        cells += [_short(row[f"{metric}_best"]), _first_line(row["error"])]
-        rows.append(["" if _is_missing(cell) else str(cell) for cell in cells])
-    headings = ["trial", *keys, "state", "E", "m", "k", "tries", "peak / budget", "samples", "steps"]
-    headings += ["samples/s", f"{metric} (best)", "error"]
-    if not any(row[-1] for row in rows):
-        return headings[:-1], [row[:-1] for row in rows]
-    return headings, rows
-
-
-def _short(value: Any) -> Any:
-    return value if pd.isna(value) else f"{value:.4g}"
-
-
-def _first_line(text: str, width: int = 80) -> str:
-    line = text.partition("\n")[0]
-    return line if len(line) <= width else f"{line[: width - 1]}…"
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _sweep_fault(sweep: Any) -> str:
@@ -296,47 +262,3 @@ def _sweep_fault(sweep: Any) -> str:
     except UnicodeEncodeError:
         return "a text in it is half of a surrogate pair"
     return ""
-
-
-def _whole(value: float | None) -> int | None:
-    """Return a reported number as its column of integers can hold it: missing where it has a fraction."""
-    return int(value) if value is not None and abs(value) < 2**63 and value == int(value) else None
-
-
-def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, Any]:
-    probe, plan, last = record.probe, record.plan, record.last
-    return {
-        "trial_id": record.trial_id,
-        "state": record.state.value,
-        "error": record.error,
-        "effective_batch_size": plan and plan.effective_batch_size,
-        "microbatch_size": plan and plan.microbatch_size,
-        "accumulation_steps": plan and plan.accumulation_steps,
-        "num_workers": plan and plan.num_workers,
-        "device": plan and plan.device,
-        "strategy": plan and plan.strategy,
-        "probe_attempts": len(probe.attempts) if probe else (0 if plan else None),
-        "probe_cached": probe.cached if probe else (False if plan else None),
-        "probe_seconds": probe.seconds if probe else (0.0 if plan else None),
-        "memory_budget_bytes": probe.budget_bytes if probe else (plan and plan.budget_bytes),
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "num_rescues": record.num_rescues if plan else None,
-        "num_failures": record.num_failures,
-        "samples_per_second": last.get("samples_per_second"),
-        "data_wait_share": last.get("data_wait_share"),
-        "gpu_utilization": last.get("gpu_utilization"),
-        "tokens_per_second": last.get("tokens_per_second"),
-        "padding_share": last.get("padding_share"),
-        "optimizer_steps": _whole(last.get("optimizer_steps")),
-        "num_samples": _whole(last.get("num_samples")),
-        "learning_rate": last.get("learning_rate"),
-        "gradient_noise_scale": last.get("gradient_noise_scale"),
-        "epochs": _whole(last.get("epoch")),
-        "best_epoch": _whole(best.get("epoch")),
-        "epoch_seconds": last.get("epoch_seconds"),
-    }
-
-
-def _config_column(key: str, taken: Collection[str]) -> str:
-    """Return the column of a config key; one that is also a fixed or a metric's gets the prefix `config.`."""
-    return f"config.{key}" if key in taken else key

@@ -69,7 +69,7 @@ class TrialRecord:
     `has_begun` says that it has had resources, so that nothing of `config` is still to be drawn.
     `plan` is the batch plan in use, `num_rescues` how often memory ran out in training and a window was
     computed again, `num_failures` how often a fault ended the trial that was not its own;
-    `reports` holds one report per epoch, the latest of each.
+    `reported` holds one report per epoch, the latest of each, every one with its `epoch` among its metrics.
     """
 
     trial_id: str
@@ -80,7 +80,7 @@ class TrialRecord:
     has_begun: bool = False
     num_rescues: int = 0
     num_failures: int = 0
-    reports: list[dict[str, float]] = field(default_factory=list)
+    reported: list[Reported] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     reason: str = ""
     error: str = ""
@@ -103,7 +103,7 @@ class TrialRecord:
                 self.config, self.state, self.has_begun = event.config, TrialState.PROBING, True
                 self.error = self.error_details = self.reason = ""
                 if event.cloned_from:
-                    self.reports.clear()
+                    self.reported.clear()
             case Probed():
                 self.probe = event
             case Planned():
@@ -134,15 +134,21 @@ class TrialRecord:
     def _add_report(self, event: Reported) -> None:
         # A trial that was set back to a checkpoint reports its epochs again: the later report holds.
         epoch = event.metrics.get("epoch", math.nan)
-        epoch = epoch if math.isfinite(epoch) else len(self.reports) + 1
-        self.reports = [r for r in self.reports if r["epoch"] < epoch]
-        self.reports.append({**event.metrics, "epoch": epoch})
+        epoch = epoch if math.isfinite(epoch) else len(self.reported) + 1
+        while self.reported and self.reported[-1].metrics["epoch"] >= epoch:
+            self.reported.pop()
+        self.reported.append(replace(event, metrics={**event.metrics, "epoch": epoch}))
         self.peak_memory_bytes = max(self.peak_memory_bytes or 0, event.peak_memory_bytes)
+
+    @property
+    def reports(self) -> list[dict[str, float]]:
+        """What was reported, once per epoch: metrics and progress."""
+        return [report.metrics for report in self.reported]
 
     @property
     def last(self) -> Mapping[str, float]:
         """The latest report, empty before the first."""
-        return self.reports[-1] if self.reports else {}
+        return self.reported[-1].metrics if self.reported else {}
 
     def best(self, metric: str, mode: Literal["min", "max"]) -> Mapping[str, float]:
         """Return the report in which `metric` was best, the earliest of equals; empty before the first."""

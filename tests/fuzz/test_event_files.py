@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tune_easytrain import events as events_module
+from tune_easytrain.comparison import compare
 from tune_easytrain.config import load_config
 from tune_easytrain.events import (
     Created,
@@ -33,7 +34,7 @@ from tune_easytrain.events import (
 )
 from tune_easytrain.probe_cache import evidence_in
 from tune_easytrain.progress import Progress
-from tune_easytrain.results import COLUMNS, load_results, summary_rows, typed_columns
+from tune_easytrain.results import COLUMNS, HISTORY_COLUMNS, load_results, summary_rows, typed_columns
 from tune_easytrain.run_directory import RunDirectory, trial_id
 from tune_easytrain.trial_record import TrialRecord
 
@@ -104,6 +105,13 @@ def assert_a_frame_comes_out(directory: RunDirectory, path: Path) -> None:
         assert frame["val_loss_best"].min() <= 0.25
         summary_rows(frame, results.metric, results.varied_keys())
         typed_columns(frame)
+        history = results.history()
+        assert {c.name: c.dtype for c in HISTORY_COLUMNS} == {
+            c.name: str(history.dtypes[c.name]) for c in HISTORY_COLUMNS
+        }
+        counted = history.dropna(subset=["epoch"])
+        assert not counted.duplicated(["trial_id", "epoch"]).any()
+        assert compare(results, results)["found_in"].tolist() == ["both", "both"]
         events = list(load_events(path))
         list(evidence_in(events))
         TrialRecord.from_events("x", events).best("train_loss", "max")
@@ -178,7 +186,16 @@ def test_the_command_line(directory: RunDirectory, folder: Path, data: st.DataOb
     path.write_bytes(b"\n".join([*LINES[:-3], line, *LINES[:-5]]) + b"\n")
     options: list[Any] = data.draw(
         st.sampled_from(
-            [[], ["--json"], ["--csv", folder / "r.csv"], ["--parquet", folder / "r.parquet"]],
+            [
+                [],
+                ["--json"],
+                ["--errors"],
+                ["--sort", "-shape"],
+                ["--where", "val_loss < 1"],
+                ["--compare", directory.path],
+                ["--csv", folder / "r.csv"],
+                ["--parquet", folder / "r.parquet"],
+            ],
         )
     )
     answer = ask("results", directory.path, *options)

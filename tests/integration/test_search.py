@@ -100,6 +100,13 @@ def assert_the_frame_holds_the_last_config(results: te.SweepResults) -> None:
     assert [event["metrics"]["epoch"] for event in after] == [3]
     assert frame["val_loss_best"][1] == frame["val_loss_last"][1] == after[-1]["metrics"]["val_loss"]
     assert frame["best_epoch"][1] == 3
+    history = results.history()
+    assert [*zip(history["trial_id"], history["epoch"], strict=True)] == [
+        (FIRST, 1),
+        (FIRST, 2),
+        (FIRST, 3),
+        (SECOND, 3),
+    ]
 
 
 def test_pbt_changes_the_learning_rate_of_a_trial_that_goes_on_from_another(quick_sweep):

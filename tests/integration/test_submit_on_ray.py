@@ -133,7 +133,7 @@ class Head:
     def story(self) -> str:
         """What there is to read of it when a test fails."""
         state = "runs" if self.process.poll() is None else f"ended with {self.process.returncode}"
-        logs = sorted(self.home.glob("ray/session_*/logs/*.err")) + [self.home / "head.log"]
+        logs = [*sorted(self.home.glob("ray/session_*/logs/*.err")), self.home / "head.log"]
         ends = "".join(f"\n--- {log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
         return f"the head {state}{ends}"
 
@@ -143,6 +143,7 @@ class Head:
             [*CLI, *map(str, arguments), "--address", self.address],
             env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `pytest &` ignores it
         )  # fmt: skip
 
     def ask(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:

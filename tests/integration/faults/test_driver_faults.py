@@ -43,19 +43,21 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def start_until_the_second_trial(sweep: dict[str, Any], file: Path) -> tuple[Any, te.SweepResults]:
+def start_sweep(sweep: dict[str, Any], file: Path) -> tuple[Any, te.SweepResults]:
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     driver = start(["run", str(file)])
     storage = Path(sweep["run"]["storage"])
     wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory", PATIENCE_SECONDS)
     (run_dir,) = storage.iterdir()
-    results = te.load_results(run_dir)
+    return driver, te.load_results(run_dir)
+
+
+def wait_for_the_second_trial(results: te.SweepResults) -> None:
     wait_for(
         lambda: len(results.records()) > 1 and len(results.records()[1].reports) == 1,
         "the second trial's first epoch",
         PATIENCE_SECONDS,
     )
-    return driver, results
 
 
 def resume(results: te.SweepResults) -> subprocess.CompletedProcess[str]:
@@ -68,13 +70,14 @@ def resume(results: te.SweepResults) -> subprocess.CompletedProcess[str]:
 def test_ctrl_c_once_ends_a_sweep_in_good_order_and_resume_tells_what_was_edited_since(
     undisturbed: pd.DataFrame, tmp_path: Path
 ) -> None:
-    sweep, file = make_paced(tmp_path, pace=0.8), tmp_path / "sweep.yaml"
-    driver, results = start_until_the_second_trial(sweep, file)
+    sweep, file = make_paced(tmp_path), tmp_path / "sweep.yaml"
+    driver, results = start_sweep(sweep, file)
     again = resume(results)
     assert again.returncode == 2
     assert f"is in use: process {driver.pid} on " in again.stderr
     assert "Traceback" not in again.stderr
 
+    wait_for_the_second_trial(results)
     os.killpg(driver.pid, signal.SIGINT)
     out, err = driver.communicate(timeout=PATIENCE_SECONDS)
     assert driver.returncode == 130, err
@@ -107,7 +110,8 @@ def test_ctrl_c_twice_stops_now_and_a_checkpoint_that_was_cut_off_is_passed_over
     undisturbed: pd.DataFrame, tmp_path: Path, local_ray: None
 ) -> None:
     sweep = make_paced(tmp_path)
-    driver, results = start_until_the_second_trial(sweep, tmp_path / "sweep.yaml")
+    driver, results = start_sweep(sweep, tmp_path / "sweep.yaml")
+    wait_for_the_second_trial(results)
     os.killpg(driver.pid, signal.SIGINT)
     assert driver.stderr is not None
     for line in driver.stderr:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import tune_easytrain as te
 from tune_easytrain.trial_context import load_checkpoint
 
 PATIENCE_SECONDS = 150
+HEAD_START_SECONDS = 2.0
 DRIVER = """
 import json, sys
 import tune_easytrain as te
@@ -35,9 +38,7 @@ IMPATIENT = {
 
 
 @pytest.fixture
-def cluster(
-    cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ClusterProcess]:
+def cluster(cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
     """A head that drives; the test adds nodes to it."""
     for name, value in IMPATIENT.items():  # for the driver too, which this process starts
         monkeypatch.setenv(name, value)
@@ -87,6 +88,14 @@ def wait_until_all_train(results: te.SweepResults) -> None:
     )
 
 
+def is_of_a_trial(pid: int) -> bool:
+    """Whether a process is a trial's actor or comes from its forkserver."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        return "ray::SweepTrial" in command or "forkserver" in command
+    return False
+
+
 def require_same(frame: pd.DataFrame, undisturbed: Any) -> None:
     for _, row in frame.iterrows():
         assert row["state"] == "finished", row["error"]
@@ -104,7 +113,12 @@ def test_what_ran_on_a_lost_node_and_on_one_that_is_taken_back_goes_on_elsewhere
     driver = start_driver(sweep, cluster.address)
     results = results_of(sweep)
     wait_until_all_train(results)
-    send(family(taken_back)[::-1], signal.SIGTERM)  # as a machine does that is switched off
+    # As a machine does that is switched off, in the order in which trials have a moment: where Ray hears of
+    # it first, it kills them within a tenth of a second.
+    of_node = family(taken_back)
+    send([pid for pid in of_node if is_of_a_trial(pid)], signal.SIGTERM)
+    time.sleep(HEAD_START_SECONDS)
+    send(of_node[::-1], signal.SIGTERM)
     cluster.lose(lost)  # as if its plug was pulled
     cluster.add_node(4)
     _, err = driver.communicate(timeout=PATIENCE_SECONDS)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -17,7 +18,6 @@ from waiting import wait_for
 import tune_easytrain as te
 
 PATIENCE_SECONDS = 120
-AWAY_SECONDS = 8.0
 SAME = ["state", "error", "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last"]
 
 
@@ -63,18 +63,26 @@ def give_back(folder: Path) -> None:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-FAULTS = {"full": (fill, make_room), "gone": (take_away, give_back)}
+class Fault(NamedTuple):
+    """What happens to the file system, what ends it, and how long it lasts."""
+
+    begin: Callable[[Path], None]
+    end: Callable[[Path], None]
+    seconds: float
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FAULTS = {"full": Fault(fill, make_room, 8.0), "gone": Fault(take_away, give_back, 60.0)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_run_directory_that_cannot_be_written_for_a_while_costs_no_trial_and_no_event(
-    fault: str, small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+    name: str, small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], local_ray: None
 ) -> None:
     undisturbed = te.run(make_sweep(tmp_path), quiet=True, debug=True).frame()
-    begin, end = FAULTS[fault]
-    sweep = make_sweep(small, pace=0.5)
+    fault = FAULTS[name]
+    sweep = make_sweep(small, pace=fault.seconds / 20)  # it ends a little after training does
     failures: list[BaseException] = []
-    trouble = threading.Thread(target=be_in_trouble, args=(small, begin, end, failures))
+    trouble = threading.Thread(target=be_in_trouble, args=(small, fault, failures))
     trouble.start()
     results = te.run(sweep)
     trouble.join()
@@ -91,17 +99,12 @@ def test_a_run_directory_that_cannot_be_written_for_a_while_costs_no_trial_and_n
     assert list(results.run_dir.glob("ray/trial_00000/*/checkpoint.pt")), "the last one was waited for"
 
 
-def be_in_trouble(
-    folder: Path,
-    begin: Callable[[Path], None],
-    end: Callable[[Path], None],
-    failures: list[BaseException],
-) -> None:
+def be_in_trouble(folder: Path, fault: Fault, failures: list[BaseException]) -> None:
     try:
         wait_for(lambda: has_reported(folder), "the first epoch", PATIENCE_SECONDS)
-        begin(folder)
-        time.sleep(AWAY_SECONDS)
-        end(folder)
+        fault.begin(folder)
+        time.sleep(fault.seconds)
+        fault.end(folder)
     except BaseException as error:
         failures.append(error)
         raise

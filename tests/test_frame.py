@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.api.types import is_object_dtype
-from runs import epoch, finished, make_run
 
 import tune_easytrain as te
+from runs import epoch, finished, make_run
 from tune_easytrain.columns import COLUMNS, is_missing
 from tune_easytrain.events import Created, Started
-from tune_easytrain.frame import build_frame, flatten
+from tune_easytrain.frame import build_frame
 from tune_easytrain.trial_record import TrialRecord
+from tune_easytrain.trial_space import flatten_config
 
 GRID = {
     "hp.learning_rate": [0.001, 1],
@@ -91,7 +92,7 @@ def test_pairs_are_flat_columns(data: st.DataObject) -> None:
         assert frame[key].tolist() == grid[key]
         assert not is_object_dtype(frame[key].dtype)
     assert "point" not in frame
-    own = {name for trial in trials for name in flatten(trial)}
+    own = {name for trial in trials for name in flatten_config(trial)}
     assert own <= set(frame.columns)
 
 

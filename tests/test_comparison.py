@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import epoch, finished, make_run
+from made_runs import epoch, finished, make_run
 
 import tune_easytrain as te
 from tune_easytrain.columns import COMPARISON_COLUMNS

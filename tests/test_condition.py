@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import epoch, finished, make_run, trial_config
+from made_runs import epoch, finished, make_run, trial_config
 
 from tune_easytrain.condition import Comparison, parse_condition, select
 from tune_easytrain.errors import BadInputError

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import epoch, finished, make_run
 from pandas.api.types import is_object_dtype
 
 import tune_easytrain as te
-from runs import epoch, finished, make_run
 from tune_easytrain.columns import COLUMNS, is_missing
 from tune_easytrain.events import Created, Started
 from tune_easytrain.frame import build_frame

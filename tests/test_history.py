@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import epoch, finished, make_run, trial_config
+from made_runs import epoch, finished, make_run, trial_config
 
 from tune_easytrain.columns import HISTORY_COLUMNS
 from tune_easytrain.events import Created, Event, Interrupted, Reported, Started

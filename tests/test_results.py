@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from made_runs import epoch, finished, make_run, trial_config
 from pandas.api.types import is_object_dtype
-from runs import epoch, finished, make_run, trial_config
 
 from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import (

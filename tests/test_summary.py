@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import epoch, finished, make_run, trial_config
+from made_runs import epoch, finished, make_run, trial_config
 
 from tune_easytrain.comparison import compare
 from tune_easytrain.events import Created, Failed, Started

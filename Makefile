@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-demo ## Nine video models on real clips under a small m
 	$(BIN)/tune-easytrain run configs/ucf101_demo.yaml --set config.data.root=$(DEMO_DATA)
 
 test: $(VENV)/.installed-test ## Run the tests (no GPU needed)
-	$(BIN)/python -m pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: $(VENV)/.installed-dev ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

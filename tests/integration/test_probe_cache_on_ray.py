@@ -22,7 +22,7 @@ from tune_easytrain.sweep_hub import start_sweep_hub
 
 TASKS = Path(__file__).parent / "integration_tasks.py"
 MIB = 2**20
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 

@@ -27,7 +27,7 @@ SAME_IN_ANY_RUN = [
     "trial_id", "state", "model.type", "hp.batch_size", "effective_batch_size", "accumulation_steps",
     "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last", "val_loss_best",
 ]  # fmt: skip
-PATIENCE_SECONDS = 200
+PATIENCE_SECONDS = 400
 OUTAGE_SECONDS = 20
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)  # beside other tests two cores are soon t
 
 CLI = [sys.executable, "-m", "tune_easytrain"]
 TOKEN = "a" * 40
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 TOYS = Path(__file__).parents[1] / "toys.py"
 
 SWEEP = """

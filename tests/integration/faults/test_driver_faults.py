@@ -19,7 +19,7 @@ from waiting import wait_for
 import tune_easytrain as te
 
 CLI = str(Path(sys.executable).with_name("tune-easytrain"))
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = 400
 SAME = ["state", "error", "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last"]
 
 
@@ -47,7 +47,12 @@ def start_sweep(sweep: dict[str, Any], file: Path) -> tuple[Any, te.SweepResults
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     driver = start(["run", str(file)])
     storage = Path(sweep["run"]["storage"])
-    wait_for(lambda: list(storage.glob("*/sweep.json")), "the run directory", PATIENCE_SECONDS)
+
+    def has_begun() -> bool:
+        assert driver.poll() is None, driver.communicate()
+        return bool(list(storage.glob("*/sweep.json")))
+
+    wait_for(has_begun, "the run directory", PATIENCE_SECONDS)
     (run_dir,) = storage.iterdir()
     return driver, te.load_results(run_dir)
 

@@ -22,7 +22,7 @@ from waiting import wait_for
 import tune_easytrain as te
 from tune_easytrain.trial_context import load_checkpoint
 
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = 400
 HEAD_START_SECONDS = 2.0
 DRIVER = """
 import json, sys

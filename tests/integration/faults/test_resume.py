@@ -24,7 +24,7 @@ SAME_IN_ANY_RUN = [
     "trial_id", "state", "model.type", "hp.batch_size", "hp.learning_rate", "effective_batch_size",
     "accumulation_steps", "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last",
 ]  # fmt: skip
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 
 
 def start_and_kill_in_the_second_trial(sweep: dict[str, Any], tmp_path: Path) -> te.SweepResults:

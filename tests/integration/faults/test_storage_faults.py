@@ -17,7 +17,7 @@ from waiting import wait_for
 
 import tune_easytrain as te
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 SAME = ["state", "error", "num_samples", "optimizer_steps", "epochs", "train_loss_last", "val_loss_last"]
 
 

@@ -90,6 +90,7 @@ def print_results(results: SweepResults, frame: pd.DataFrame, as_json: bool) -> 
     if as_json:
         _print_json(frame)
         return
+    from tune_easytrain.ranking import best_row
     from tune_easytrain.summary import DISPENSABLE, error_lines, summary_rows
 
     headings, rows = summary_rows(frame, results.metric, results.varied_keys())
@@ -101,9 +102,8 @@ def print_results(results: SweepResults, frame: pd.DataFrame, as_json: bool) -> 
     if failures:
         to_out(f"Whole errors: tune-easytrain results {place} --errors")
     column = f"{results.metric}_best"
-    ranked = frame.dropna(subset=[column]).sort_values(column, ascending=results.mode == "min", kind="stable")
-    if not ranked.empty:
-        best = ranked.iloc[0]
+    best = best_row(frame, column, results.mode)
+    if best is not None:
         to_out(f"Best {results.metric}: {best[column]:.4g} ({best['trial_id']})")
     if left_out:
         to_out(f"Not shown at this width: {', '.join(left_out)}")

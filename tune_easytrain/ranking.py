@@ -65,6 +65,12 @@ def require_mode(name: str, mode: Mode | None) -> Mode:
     return chosen
 
 
+def best_row(frame: pd.DataFrame, column: str, mode: Mode) -> pd.Series[Any] | None:
+    """Return the first of the rows whose value in a column is best; None where no row has one."""
+    ranked = frame.dropna(subset=[column]).sort_values(column, ascending=mode == "min", kind="stable")
+    return None if ranked.empty else ranked.iloc[0]
+
+
 def sort_rows(frame: pd.DataFrame, by: str, metric: str = "", mode: Mode = "min") -> pd.DataFrame:
     """Return the rows sorted by a column; what is missing comes last, equals stay in their order.
 

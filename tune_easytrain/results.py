@@ -21,7 +21,7 @@ from tune_easytrain.events import load_events
 from tune_easytrain.frame import build_frame, metric_names, typed_columns
 from tune_easytrain.frame_files import write_csv, write_parquet
 from tune_easytrain.history import build_history
-from tune_easytrain.ranking import find_column, require_mode, sort_rows
+from tune_easytrain.ranking import best_row, find_column, require_mode, sort_rows
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.summary import summary_rows
 from tune_easytrain.trial_record import TrialRecord, TrialState
@@ -166,8 +166,7 @@ class SweepResults:
                 raise BadInputError(f"best by {by!r}: that column holds no numbers")
             is_own = by in (f"{self.metric}_best", f"{self.metric}_last")
             mode = require_mode(by, mode or (self.mode if is_own else None))
-        ranked = chosen.dropna(subset=[column]).sort_values(column, ascending=mode == "min", kind="stable")
-        return None if ranked.empty else ranked.iloc[0]
+        return best_row(chosen, column, mode)
 
     def varied_keys(self) -> list[str]:
         """Return the config keys that tell the trials apart: those with more than one value in the grid."""

@@ -17,6 +17,15 @@ _OWN_FOLDER = "checkpoint_at_sigterm"
 
 
 @dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """A stored checkpoint: the place of its file, its size, and when it was written (seconds since 1970)."""
+
+    path: str
+    num_bytes: int
+    written_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointStore:
     """Where a trial's checkpoints are, whoever put them there: Ray Tune, or the trial before it was ended.
 
@@ -59,18 +68,24 @@ class CheckpointStore:
 
         Raises OSError where the storage does not answer.
         """
-        from pyarrow import fs
-
         filesystem = self._pyarrow_filesystem()
-        selector = fs.FileSelector(self.folder, allow_not_found=True, recursive=True)
-        found = [info for info in filesystem.get_file_info(selector) if info.base_name == CHECKPOINT_NAME]
-        for info in sorted(found, key=lambda info: (info.mtime_ns, info.path), reverse=True):
-            with filesystem.open_input_stream(info.path) as source, path.open("wb") as file:
+        for stored in self.stored():
+            with filesystem.open_input_stream(stored.path) as source, path.open("wb") as file:
                 shutil.copyfileobj(source, file)
             if zipfile.is_zipfile(path):
                 return True
             path.unlink()
         return False
+
+    def stored(self) -> list[StoredCheckpoint]:
+        """Return the checkpoints that are there, the newest first; raises OSError as `fetch_newest` does."""
+        from pyarrow import fs
+
+        selector = fs.FileSelector(self.folder, allow_not_found=True, recursive=True)
+        found = self._pyarrow_filesystem().get_file_info(selector)
+        named = [info for info in found if info.base_name == CHECKPOINT_NAME]
+        named.sort(key=lambda info: (info.mtime_ns, info.path), reverse=True)
+        return [StoredCheckpoint(info.path, info.size, info.mtime_ns / 1e9) for info in named]
 
     def _pyarrow_filesystem(self) -> Any:
         from pyarrow import fs

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from tune_easytrain.checkpoint_store import CheckpointStore, StoredCheckpoint
 from tune_easytrain.columns import COLUMNS, COMPARISON_COLUMNS, HISTORY_COLUMNS, Column, Mode
 from tune_easytrain.condition import select
 from tune_easytrain.errors import BadInputError, RunDirectoryError, did_you_mean
@@ -167,6 +168,11 @@ class SweepResults:
             is_own = by in (f"{self.metric}_best", f"{self.metric}_last")
             mode = require_mode(by, mode or (self.mode if is_own else None))
         return best_row(chosen, column, mode)
+
+    def checkpoints(self, trial_id: str) -> list[StoredCheckpoint]:
+        """Return a trial's stored checkpoints, the newest first; raises OSError where they cannot be listed."""
+        folder, filesystem = self._directory.ray_place
+        return CheckpointStore(f"{folder}/{trial_id}", filesystem).stored()
 
     def varied_keys(self) -> list[str]:
         """Return the config keys that tell the trials apart: those with more than one value in the grid."""

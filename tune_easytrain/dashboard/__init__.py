@@ -1,0 +1,1 @@
+"""The live dashboard: web pages that show sweeps while they run, and afterwards."""

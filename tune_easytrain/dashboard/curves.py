@@ -1,0 +1,113 @@
+"""Curves: what trials reported, epoch by epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dash import html
+
+from tune_easytrain.dashboard.elements import choice, filter_box, graph, link, note, trial_link
+from tune_easytrain.dashboard.figure import COLORS, DASHES, build_figure, plain
+from tune_easytrain.dashboard.page import Page, Question
+from tune_easytrain.dashboard.rows import Row, shown, sorted_rows
+from tune_easytrain.frame import metric_names
+from tune_easytrain.trial_record import TrialRecord
+
+MOST_CURVES = 12
+X_AXES = {"epoch": "epoch", "optimizer_steps": "optimizer steps", "num_samples": "samples", "hours": "hours"}
+
+
+def build(question: Question) -> Page:
+    """Return the page."""
+    run, address = question.run, question.address
+    names = metrics_of(question)
+    metric, x = question.asked("metric", names), question.asked("x", list(X_AXES))
+    picked = question.picked
+    by_id = {row["trial_id"]: row for row in question.rows.all()}
+    rows = [by_id[name] for name in picked if name in by_id] or default_rows(question)
+    records = [record for row in rows if (record := run.record(row["trial_id"])) is not None]
+    traces = [
+        trace
+        for number, (row, record) in enumerate(zip(rows, records, strict=True))
+        if (trace := curve(record, _name(row, question), metric, x, number))["x"]
+    ]
+    which = f"the {len(rows)} picked trials" if picked else f"the best {len(rows)} trials by {run.metric}"
+    figure = build_figure(
+        traces, x={"title": X_AXES[x]}, y={"title": metric}, key=f"{metric} {x}", showlegend=True
+    )
+    live = [
+        graph(figure, f"{metric} of {which}.") if traces else note(f"None of {which} has reported {metric}.")
+    ]
+    live.append(
+        html.Ul(
+            [
+                html.Li(
+                    [
+                        trial_link(row["trial_id"], address),
+                        f" {_values(row, question)}",
+                        *_leave(row, question),
+                    ]
+                )
+                for row in rows
+            ],
+            className="picked",
+        )
+    )
+    axes = choice("Over", X_AXES.items(), x, address, "x")
+    controls = [choice("Metric", [(name, name) for name in names], metric, address, "metric"), axes]
+    return Page(live, controls if picked else [*controls, filter_box(address)])
+
+
+def metrics_of(question: Question) -> list[str]:
+    """Return the metrics that trials have reported, the sweep's first."""
+    names = {question.run.metric: None}
+    for record in question.run.records():
+        names |= dict.fromkeys(metric_names(record.last))
+    names.pop("epoch", None)
+    return list(names)
+
+
+def default_rows(question: Question) -> list[Row]:
+    """Return the best trials of those that the filter leaves, as many as can be told apart."""
+    column = f"{question.run.metric}_best"
+    rows = sorted_rows(question.chosen(), f"-{column}" if question.run.mode == "max" else column)
+    return [row for row in rows if row["epochs"] is not None][:MOST_CURVES]
+
+
+def curve(record: TrialRecord, name: str, metric: str, x: str, number: int) -> dict[str, Any]:
+    """Return the trace of a trial's metric, in the colour and dash of a number."""
+    start = record.reported[0].time if record.reported else 0.0
+    points = []
+    for event in record.reported:
+        value = event.metrics.get(metric)
+        place = (event.time - start) / 3600 if x == "hours" else event.metrics.get(x)
+        if value is not None and place is not None and math.isfinite(value) and math.isfinite(place):
+            points.append((place, value))
+    style = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number % len(DASHES)]}
+    return {
+        "type": "scatter",
+        "mode": "lines" if len(points) > 1 else "markers",
+        "name": plain(name),
+        "x": [place for place, _ in points],
+        "y": [value for _, value in points],
+        "line": style,
+        "marker": {"color": style["color"]},
+    }
+
+
+def _values(row: Row, question: Question) -> str:
+    return ", ".join(shown(row.get(key)) for key in question.keys)
+
+
+def _name(row: Row, question: Question) -> str:
+    return f"{row['trial_id']} {_values(row, question)}"
+
+
+def _leave(row: Row, question: Question) -> Sequence[Any]:
+    picked = question.picked
+    if row["trial_id"] not in picked:
+        return []
+    left = ",".join(name for name in picked if name != row["trial_id"])
+    return [" ", link("leave out", question.address.asking(pick=left), className="small")]

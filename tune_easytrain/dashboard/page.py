@@ -1,0 +1,54 @@
+"""What views are asked and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tune_easytrain.dashboard.address import Address
+from tune_easytrain.dashboard.elements import Element
+from tune_easytrain.dashboard.live_run import LiveRun
+from tune_easytrain.dashboard.rows import Row, TrialRows
+from tune_easytrain.dashboard.run_list import RunList
+
+EFFECTIVE_BATCH_SIZE = "batch.effective_batch_size"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a view is asked: which run, and where the reader is."""
+
+    run: LiveRun
+    rows: TrialRows
+    runs: RunList
+    address: Address
+
+    def chosen(self) -> list[Row]:
+        """Return the rows that the filter leaves; raises BadInputError where it is no condition."""
+        return self.rows.chosen(self.address.query.get("where", ""))
+
+    def asked(self, name: str, allowed: Sequence[str]) -> str:
+        """Return which of what is allowed the address asks for; the first where it asks for none."""
+        asked = self.address.query.get(name, "")
+        return asked if asked in allowed or not allowed else allowed[0]
+
+    @property
+    def keys(self) -> list[str]:
+        """The config keys that tell trials apart; the effective batch size has a place of its own."""
+        return [key for key in self.run.varied_keys() if key != EFFECTIVE_BATCH_SIZE]
+
+    @property
+    def picked(self) -> list[str]:
+        """The trials that were picked, in that order."""
+        return [name for name in self.address.query.get("pick", "").split(",") if name]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A view's answer.
+
+    `controls` stay until the reader goes elsewhere; `live` is made again when the sweep has changed.
+    """
+
+    live: Sequence[Element]
+    controls: Sequence[Element] = field(default_factory=list)

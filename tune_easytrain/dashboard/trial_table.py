@@ -1,0 +1,135 @@
+"""The table of trials: sorted, filtered, searched, page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dash import html
+
+from tune_easytrain.dashboard.address import Address
+from tune_easytrain.dashboard.elements import (
+    Element,
+    aria,
+    box,
+    filter_box,
+    link,
+    meter,
+    note,
+    state,
+    table,
+    text,
+    trial_link,
+)
+from tune_easytrain.dashboard.page import Page, Question
+from tune_easytrain.dashboard.rows import Row, batch_text, memory_text, searched, shown, sorted_rows
+from tune_easytrain.ranking import known_mode
+
+ROWS_A_PAGE = 50
+_LONGEST_ERROR = 120
+_PICKS = 20
+
+
+def build(question: Question) -> Page:
+    """Return the page."""
+    address, run = question.address, question.run
+    keys = question.keys
+    best = f"{run.metric}_best"
+    columns = {
+        "trial_id": "trial",
+        "state": "state",
+        **{key: key for key in keys},
+        "effective_batch_size": "micro-batch × steps × workers = effective",
+        "peak_memory_bytes": "peak memory of budget",
+        "samples_per_second": "samples/s",
+        best: f"{run.metric} (best)",
+        "epochs": "epochs",
+        "num_rescues": "rescues",
+    }
+    rows = searched(
+        question.chosen(), address.query.get("search", ""), ["trial_id", "state", "error", "device", *keys]
+    )
+    by = address.query.get("sort", "")
+    if by.removeprefix("-") in columns:
+        rows = sorted_rows(rows, by)
+    num_pages = max(1, -(-len(rows) // ROWS_A_PAGE))
+    page = min(_number(address.query.get("page", "")), num_pages)
+    here = rows[(page - 1) * ROWS_A_PAGE : page * ROWS_A_PAGE]
+    headings = [_heading(name, words, by, address, best, run.mode) for name, words in columns.items()]
+    cells = [_cells(row, keys, best, question) for row in here]
+    found = f"{len(rows)} of {len(question.rows.all())} trials"
+    live = [
+        html.P([found, *_picks(question)], className="note", role="status"),
+        table([*headings, "curves"], cells, "Trials"),
+        *_pages(address, page, num_pages),
+    ]
+    if not rows:
+        live.append(note("No trial is like that."))
+    search = box("search", "Search", address.query.get("search", ""), "words of any cell")
+    return Page(live, [html.Div([search, filter_box(address)], className="boxes")])
+
+
+def _heading(name: str, words: str, by: str, address: Address, best: str, mode: str) -> Element:
+    """Return a column's heading: a link that sorts by it, the better end first, then the other way."""
+    better = mode if name == best else known_mode(name)
+    first, second = (f"-{name}", name) if better == "max" else (name, f"-{name}")
+    target = address.asking(sort=second if by == first else first, page="")
+    direction = {name: "ascending", f"-{name}": "descending"}.get(by, "none")
+    arrow = {"ascending": " ↑", "descending": " ↓"}.get(direction, "")
+    return html.Th(link(f"{words}{arrow}", target), scope="col", **aria(sort=direction))
+
+
+def _cells(row: Row, keys: Sequence[str], best: str, question: Question) -> list[Element]:
+    standing: list[Element] = [state(row["state"])]
+    if row["error"]:
+        standing.append(html.Div(text(str(row["error"])[:_LONGEST_ERROR]), className="error"))
+    return [
+        trial_link(row["trial_id"], question.address),
+        standing,
+        *(text(shown(row.get(key))) for key in keys),
+        html.Span(batch_text(row), className="nowrap"),
+        meter(row["peak_memory_bytes"], row["memory_budget_bytes"], memory_text(row)),
+        shown(row["samples_per_second"]),
+        shown(row.get(best)),
+        shown(row["epochs"]),
+        shown(row["num_rescues"]),
+        _pick(row["trial_id"], question),
+    ]
+
+
+def _pick(trial_id: str, question: Question) -> Element:
+    picked = question.picked
+    is_picked = trial_id in picked
+    left = [name for name in picked if name != trial_id] if is_picked else [*picked, trial_id][-_PICKS:]
+    words = f"{'leave' if is_picked else 'pick'} {trial_id}"
+    target = question.address.asking(pick=",".join(left))
+    return link("☑" if is_picked else "☐", target, title=words, className="pick")
+
+
+def _picks(question: Question) -> list[Element]:
+    picked = question.picked
+    if not picked:
+        return [" · tick trials in the last column to see their curves together"]
+    return [
+        " · ",
+        link(f"curves of the {len(picked)} picked", question.address.view_of("curves")),
+        " · ",
+        link("pick none", question.address.asking(pick="")),
+    ]
+
+
+def _pages(address: Address, page: int, num_pages: int) -> list[Element]:
+    if num_pages == 1:
+        return []
+    steps = {"first": 1, "previous": page - 1, "next": page + 1, "last": num_pages}
+    links = [
+        html.Li(link(words, address.asking(page=str(number))))
+        for words, number in steps.items()
+        if 1 <= number <= num_pages and number != page
+    ]
+    return [
+        html.Nav([f"Page {page} of {num_pages} ", html.Ul(links)], className="choice", **aria(label="Pages"))
+    ]
+
+
+def _number(value: str) -> int:
+    return max(1, int(value)) if value.isdecimal() and len(value) < 9 else 1

@@ -24,6 +24,7 @@ from tune_easytrain.events import (
     TrainingEnded,
     append_events,
     load_events,
+    load_events_between,
 )
 
 ALL: list[Event] = [
@@ -122,6 +123,32 @@ def test_lines_with_values_of_other_types_are_passed_over(tmp_path: Path, wrong:
     path = tmp_path / "trial.jsonl"
     path.write_text(f"{wrong}\n{ALL[-1].to_json()}\n")
     assert list(load_events(path)) == [ALL[-1]]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 40])
+def test_events_are_read_on_from_the_last_one(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "trial.jsonl"
+    odd = Failed(error="a\rb\x0b\u2028c", details="d\r\ne\x85")
+    append_events(path, [odd, ALL[0]])
+    path.write_bytes(path.read_bytes() + b"junk\rjunk\n" + f"{odd.to_json()}\n".encode())
+    whole = path.read_bytes()
+    found: list[Event] = []
+    position = 0
+    for size in (len(whole) // 3, len(whole) - cut, len(whole)):
+        path.write_bytes(whole[:size])
+        read = list(load_events_between(path, position, size))
+        found += [event for event, _ in read]
+        position = read[-1][1] if read else position
+    assert found == [odd, ALL[0], odd] == list(load_events(path))
+    assert position >= len(whole) - 1
+
+
+def test_a_bare_carriage_return_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "trial.jsonl"
+    path.write_bytes(ALL[0].to_json().encode().replace(b", ", b",\r") + b"\n")
+    assert list(load_events(path)) == ALL[:1]
+    size = path.stat().st_size
+    assert list(load_events_between(path, 0, size)) == [(ALL[0], size)]
 
 
 def test_a_file_name_that_is_not_utf8_can_be_shown(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from io import RawIOBase
+from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -229,11 +229,22 @@ def load_events_between(path: Path, start: int, end: int) -> Iterator[tuple[Even
     """
     with path.open("rb") as file:
         file.seek(start)
-        for line in file.read(end - start).splitlines(keepends=True):
-            start += len(line)
-            event = _parse(line)
-            if event is not None:
-                yield event, start
+        for event, num_bytes in parse_events(file.read(end - start)):
+            yield event, start + num_bytes
+
+
+def parse_events(content: bytes) -> Iterator[tuple[Event, int]]:
+    """Yield the events of a part of a trial's file, each with the number of bytes up to its line's end.
+
+    Lines as `load_events`. A half-written last line is no event yet: who goes on behind the last event that
+    was yielded takes it when it is whole.
+    """
+    num_bytes = 0
+    for line in BytesIO(content):
+        num_bytes += len(line)
+        event = _parse(line)
+        if event is not None:
+            yield event, num_bytes
 
 
 def _parse(line: bytes) -> Event | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from s3_server import ENVIRONMENT, Gate, S3Server
 
+from tune_easytrain import mirror as mirror_module
 from tune_easytrain.errors import StorageError, UnsavedResultsError
 from tune_easytrain.events import Created, Started, append_events
 from tune_easytrain.local_copy import load_driver
@@ -106,6 +107,26 @@ def test_a_running_trials_file_waits_and_an_ended_ones_does_not(server: S3Server
     assert stored(directory)["trial_00000.jsonl"] == before["trial_00000.jsonl"]
     mirror.close(PATIENCE_SECONDS)
     assert mirror.num_uploads == 5
+    assert stored(directory) == local(directory)
+
+
+def test_a_large_file_waits_longer_than_a_small_one(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "_BYTES_PER_SECOND", 1 / LONG_SECONDS)
+    monkeypatch.setattr(mirror_module, "_LONGEST_INTERVAL_SECONDS", LONG_SECONDS)
+    directory = make_run(server.url("bucket/large"))
+    directory.trial_path(trial_id(1)).write_bytes(b"")
+    mirror = Mirror(directory, interval_seconds=0.0)
+    mirror.start()
+    assert mirror.flush(PATIENCE_SECONDS)
+    before = stored(directory)
+    for index in range(2):
+        change(directory, mirror, index)
+    while stored(directory)["trial_00001.jsonl"] == before["trial_00001.jsonl"]:
+        pass  # ends by the test's time limit if it never comes
+    assert stored(directory)["trial_00000.jsonl"] == before["trial_00000.jsonl"]
+    mirror.close(PATIENCE_SECONDS)
     assert stored(directory) == local(directory)
 
 

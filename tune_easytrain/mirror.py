@@ -14,7 +14,16 @@ from tune_easytrain.local_copy import note_complete, take_over, trim_copies
 from tune_easytrain.run_directory import RunDirectory
 
 _NUM_CONNECTIONS = 8
-_INTERVAL_SECONDS = 5.0
+_INTERVAL_SECONDS = 0.5
+"""Only trials that report more often than this are uploaded less often than they report.
+
+Such a trial takes 2 PUT requests a second, $0.036 an hour at S3's $0.005 for 1,000.
+"""
+
+_BYTES_PER_SECOND = 1 << 20
+"""How fast the file of one trial is uploaded again and again: the larger it is, the longer between two."""
+
+_LONGEST_INTERVAL_SECONDS = 5.0
 _SNAPSHOT_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
@@ -25,12 +34,13 @@ _INTERRUPTED_PATIENCE_SECONDS = 10.0
 class Mirror:
     """Uploads the files of a run directory in threads of its own, so that no store can hold the driver up.
 
-    A file is uploaded whole, never twice at the same time, and while a trial runs at most every few seconds.
+    A file is uploaded whole, never twice at the same time, and while a trial runs with a pause in between.
     What fails is tried again, with growing pauses, for as long as the sweep lasts.
 
     Args:
         directory: a run directory with a storage.
-        interval_seconds: the shortest time between two uploads of a file, unless it is urgent.
+        interval_seconds: the shortest time between two uploads of a file, unless it is urgent; for large
+            ones it is up to 5 s.
     """
 
     def __init__(self, directory: RunDirectory, interval_seconds: float = _INTERVAL_SECONDS) -> None:
@@ -42,7 +52,7 @@ class Mirror:
         self._due: dict[Path, float] = {}
         self._queue: list[tuple[float, Path]] = []  # a heap; an entry that `_due` does not confirm is void
         self._uploading: set[Path] = set()
-        self._last_upload: dict[Path, float] = {}
+        self._next_upload: dict[Path, float] = {}
         self._pause_seconds = 0.0
         self._next_attempt = 0.0
         self._error: Exception | None = None
@@ -80,7 +90,7 @@ class Mirror:
         with self._changed:
             due = time.monotonic()
             if not is_urgent:
-                due = max(due, self._last_upload.get(path, float("-inf")) + self._interval_seconds)
+                due = max(due, self._next_upload.get(path, due))
             if due < self._due.get(path, float("inf")):
                 self._schedule(path, due)
                 self._changed.notify()
@@ -129,12 +139,14 @@ class Mirror:
     def _work(self) -> None:
         """Upload one file after another until the mirror is closed."""
         while (path := self._next()) is not None:
-            error: Exception | None = None
+            num_bytes, error = 0, None
             try:
-                self._storage.write(self._name(path), path.read_bytes())
+                content = path.read_bytes()
+                num_bytes = len(content)
+                self._storage.write(self._name(path), content)
             except (StorageError, OSError) as failure:
                 error = failure
-            self._done(path, error)
+            self._done(path, num_bytes, error)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._directory.path).as_posix()
@@ -158,13 +170,14 @@ class Mirror:
                 return path
         return None
 
-    def _done(self, path: Path, error: Exception | None) -> None:
+    def _done(self, path: Path, num_bytes: int, error: Exception | None) -> None:
         with self._changed:
             now = time.monotonic()
             self._uploading.discard(path)
             if error is None:
                 self.num_uploads += 1
-                self._last_upload[path] = now
+                pause = min(num_bytes / _BYTES_PER_SECOND, _LONGEST_INTERVAL_SECONDS)
+                self._next_upload[path] = now + max(pause, self._interval_seconds)
                 self._pause_seconds = self._next_attempt = 0.0
             else:
                 if self._error is None or not self._uploading:  # others that fail with it say nothing new

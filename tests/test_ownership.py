@@ -107,6 +107,21 @@ def test_the_umask_is_put_back(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o750
 
 
+def test_the_umask_is_put_back_by_the_last_thread_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        first, second = written_by_nobody_else(), written_by_nobody_else()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        (tmp_path / "file").touch(mode=0o666)
+        second.__exit__(None, None, None)
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
 def test_what_a_folder_holds_from_which_nothing_is_read_does_not_matter_but_the_folder_does(
     tmp_path: Path,
 ) -> None:

@@ -61,6 +61,23 @@ def test_a_place_is_checked_and_left_as_it_was(server: S3Server) -> None:
     assert storage.files("none") == {}
 
 
+def test_folders_are_listed_without_what_is_below_them(storage: Storage) -> None:
+    for name in ("a/b/c", "d/e", "f"):
+        storage.write(name, b"")
+    assert sorted(storage.folders("")) == ["a", "d"]
+    assert storage.folders("a") == ["b"]
+    assert storage.folders("a/b") == []
+    storage.require_there()
+
+
+def test_a_place_that_is_not_there_is_told(server: S3Server, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"there is no bucket 'nowhere'.*; create it"):
+        Storage.at(server.url("nowhere/runs")).require_there()
+    Storage.at(server.url("bucket/to come")).require_there()
+    with pytest.raises(StorageError, match="missing is no folder"):
+        Storage.at(tmp_path / "missing").require_there()
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"run\.storage: .*file: File exists"):

@@ -109,14 +109,30 @@ class ObjectStore:
 
         Keys that could not be a file's name on this machine, as `..` could not, are passed over.
         """
-        selector = fs.FileSelector(self._at(folder), allow_not_found=True, recursive=False)
-        with _plain_errors(self.url):
-            infos = self._files.get_file_info(selector)
         return {
             info.base_name: StoredFile(info.size, info.mtime_ns or 0)
-            for info in infos
-            if info.is_file and is_file_name(info.base_name)
+            for info in self._entries(folder)
+            if info.is_file
         }
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders directly in a folder, as `files` those of the files."""
+        return [info.base_name for info in self._entries(folder) if not info.is_file]
+
+    def _entries(self, folder: str) -> list[Any]:
+        path = self._at(folder)
+        with _plain_errors(self.url):
+            infos = self._files.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=False))
+        # A key `folder//name` makes the folder an entry of itself.
+        return [info for info in infos if is_file_name(info.base_name) and info.path != path]
+
+    def require_bucket(self) -> None:
+        """Raise StorageError where the bucket does not exist, which listings do not tell; of S3 alone."""
+        if self.url.scheme == "s3":
+            with _plain_errors(self.url):
+                is_there = self._files.get_file_info(self.url.authority).type != fs.FileType.NotFound
+            if not is_there:
+                raise _no_bucket(self.url)
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
@@ -160,15 +176,13 @@ def _plain_errors(url: StorageUrl) -> Iterator[None]:
 def _explained(url: StorageUrl, message: str) -> StorageError:
     """Return what an error means; its own text is left out where it could hold what nobody should read."""
     match = _CODE.search(message)
-    where = url.parameter("endpoint_override") or "AWS"
+    where = _server(url)
     if match is None:
         lines = message.splitlines() or ["it does not answer"]
         return StorageError(f"{url}: {lines[0][:200]}", "check the URL and the store's own settings")
     code, reason = match["code"], f"{match['code']} during {match['operation']}"
     if code == "NO_SUCH_BUCKET" or (code == "UNKNOWN" and "404" in message):
-        return StorageError(
-            f"{url}: there is no bucket {url.authority!r} at {where}", "create it, or name another"
-        )
+        return _no_bucket(url)
     if code in _NO_ACCESS or "HTTP status 403" in message or "HTTP status 401" in message:
         return StorageError(f"{url}: {where} refuses access ({reason})", _SET_CREDENTIALS)
     if code in ("NETWORK_CONNECTION", "REQUEST_TIMEOUT"):
@@ -179,3 +193,13 @@ def _explained(url: StorageUrl, message: str) -> StorageError:
             "AWS_ENDPOINT_URL",
         )
     return StorageError(f"{url}: {where} answers {reason}", "check the URL and the endpoint")
+
+
+def _server(url: StorageUrl) -> str:
+    return url.parameter("endpoint_override") or "AWS"
+
+
+def _no_bucket(url: StorageUrl) -> StorageError:
+    return StorageError(
+        f"{url}: there is no bucket {url.authority!r} at {_server(url)}", "create it, or name another"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 from tune_easytrain.errors import RunDirectoryError
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_umask_lock = threading.Lock()
+_num_inside = 0  # threads that are in `written_by_nobody_else`; it and the next belong to who holds the lock
+_umask_before = 0
 _RUNS_CODE = "going on with a sweep runs the code that is stored with it"
 
 
@@ -71,10 +75,20 @@ def _require_lasting(folder: Path) -> None:
 
 @contextmanager
 def written_by_nobody_else() -> Iterator[None]:
-    """Let no other user write to the files and folders that this process makes inside, whatever its umask."""
-    before = os.umask(0o022)
-    os.umask(before | 0o022)
+    """Let no other user write to the files and folders that this process makes inside, whatever its umask.
+
+    The umask is the whole process's: the last thread that is inside sets it back.
+    """
+    global _num_inside, _umask_before
+    with _umask_lock:
+        if _num_inside == 0:
+            _umask_before = os.umask(0o022)
+            os.umask(_umask_before | 0o022)
+        _num_inside += 1
     try:
         yield
     finally:
-        os.umask(before)
+        with _umask_lock:
+            _num_inside -= 1
+            if _num_inside == 0:
+                os.umask(_umask_before)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_easytrain.errors import StorageError
+from tune_easytrain.plain_text import is_file_name
 from tune_easytrain.storage_url import StorageUrl, is_url
 
 if TYPE_CHECKING:
@@ -102,6 +104,23 @@ class Storage:
         """Return the files directly in a folder of an object store, by name."""
         assert self.url is not None
         return _store(self.url).files(folder)
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders directly in a folder; those that cannot be shown are passed over.
+
+        An object store cannot tell one that is not there from an empty one.
+        """
+        if self.url is not None:
+            return _store(self.url).folders(folder)
+        with os.scandir(self.folder / folder) as entries:
+            return [entry.name for entry in entries if is_file_name(entry.name) and entry.is_dir()]
+
+    def require_there(self) -> None:
+        """Raise StorageError where there is no such folder or bucket; one in a bucket may be yet to come."""
+        if self.url is not None:
+            _store(self.url).require_bucket()
+        elif not self.folder.is_dir():
+            raise StorageError(f"{self} is no folder", "give a folder, or the URL of an object store")
 
     def ray_place(self, name: str) -> tuple[str, Any]:
         """Return path and file system (None: the local one) of a folder inside, as Ray Tune takes them."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -32,10 +33,13 @@ from tune_easytrain.driver_lock import locked
 from tune_easytrain.errors import RunDirectoryError, StorageError
 from tune_easytrain.local_copy import copy_path, fetch, fetch_file, load_driver
 from tune_easytrain.ownership import require_own
+from tune_easytrain.plain_text import is_file_name
 from tune_easytrain.storage import Storage
 from tune_easytrain.whole_file import whole_file
 
 _REFRESH_SECONDS = 2.0
+_SWEEP_NAME = "sweep.json"
+_EVENTS_SUFFIX = ".jsonl"
 
 
 class RunDirectory:
@@ -107,13 +111,18 @@ class RunDirectory:
             "give the folder or the URL that `tune-easytrain run` printed"
         )
 
-    def refresh(self) -> None:
-        """Fetch what has changed in the object store, if it was opened by its URL; every 2 s at most.
+    @property
+    def is_followed(self) -> bool:
+        """Whether it is read from an object store, so that `refresh` has something to do."""
+        return self._is_followed
 
-        Raises as `open` does.
+    def refresh(self, interval_seconds: float = _REFRESH_SECONDS) -> None:
+        """Fetch what has changed in the object store, if it was opened by its URL.
+
+        Nothing is done where the last time was less than `interval_seconds` ago. Raises as `open` does.
         """
         now = time.monotonic()
-        if self.storage is None or not self._is_followed or now - self._last_fetch < _REFRESH_SECONDS:
+        if self.storage is None or not self._is_followed or now - self._last_fetch < interval_seconds:
             return
         try:
             fetch(self.storage, self.path, self.sweep_path.name, self.trials_dir.name)
@@ -124,6 +133,12 @@ class RunDirectory:
                 raise
             raise StorageError(error.problem, f"{error.remedy}; a copy is in {self.path}") from None
         self._last_fetch = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which for a copy on this machine is the one in the object store."""
+        url = None if self.storage is None else self.storage.url
+        return self.path.name if url is None else url.name
 
     @property
     def place(self) -> str:
@@ -154,12 +169,12 @@ class RunDirectory:
     @property
     def _is_stored(self) -> bool:
         """Whether an object store has a run directory of this name already."""
-        return self.storage is not None and self.sweep_path.name in self.storage.files("")
+        return self.storage is not None and is_run_directory(self.storage)
 
     @property
     def sweep_path(self) -> Path:
         """The sweep, resolved, as JSON."""
-        return self.path / "sweep.json"
+        return self.path / _SWEEP_NAME
 
     @property
     def task_path(self) -> Path:
@@ -192,7 +207,7 @@ class RunDirectory:
 
     def trial_path(self, trial_id: str) -> Path:
         """Return the event file of a trial."""
-        return self.trials_dir / f"{trial_id}.jsonl"
+        return self.trials_dir / f"{trial_id}{_EVENTS_SUFFIX}"
 
     def tensorboard_path(self, trial_id: str) -> Path:
         """Return the file that TensorBoard reads of a trial; in its name `tfevents` is what counts."""
@@ -208,7 +223,20 @@ class RunDirectory:
 
     def trial_ids(self) -> Iterator[str]:
         """Yield the ids of all trials that have events, in order."""
-        yield from sorted(path.stem for path in self.trials_dir.glob("*.jsonl"))
+        yield from sorted(path.stem for path in self.trials_dir.glob(f"*{_EVENTS_SUFFIX}"))
+
+    def trial_files(self) -> dict[str, os.stat_result]:
+        """Return how every trial's event file stands, by the trial's id, in order.
+
+        Files whose names cannot be shown are passed over. Raises OSError where the folder cannot be read.
+        """
+        with os.scandir(self.trials_dir) as entries:
+            found = {
+                entry.name.removesuffix(_EVENTS_SUFFIX): entry.stat()
+                for entry in entries
+                if entry.name.endswith(_EVENTS_SUFFIX) and is_file_name(entry.name) and entry.is_file()
+            }
+        return dict(sorted(found.items()))
 
     def save_sweep(self, sweep: Mapping[str, Any]) -> None:
         """Write the resolved sweep."""
@@ -247,6 +275,13 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 fetch_file(self.storage, self.path, path.name)
         return path.read_bytes() if path.is_file() else None
+
+
+def is_run_directory(place: Storage) -> bool:
+    """Return whether there is a run directory at a place; raises StorageError where a store fails."""
+    if place.url is None:
+        return RunDirectory(place.place).sweep_path.is_file()
+    return _SWEEP_NAME in place.files("")
 
 
 def trial_id(index: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,89 +47,94 @@ def compare(
     runs = [run if isinstance(run, SweepResults) else load_results(run) for run in (run_a, run_b)]
     metric = metric or runs[0].metric
     mode = mode or next((run.mode for run in runs if run.metric == metric), None)
-    frames = [run.frame(metric=metric, mode=mode) for run in runs]
-    configs = [_config_columns(run, frame) for run, frame in zip(runs, frames, strict=True)]
-    shared = [key for key in configs[0] if key in configs[1]]
+    sides = [_Side(run, run.frame(metric=metric, mode=mode)) for run in runs]
+    shared = [key for key in sides[0].keys if key in sides[1].keys]
     on = [on] if isinstance(on, str) else on
     for key in on or ():
         if key not in shared:
             raise BadInputError(f"on: no config key {key!r} in both runs; {did_you_mean(key, shared)}")
-    varied = [key for key in shared if any(len(set(_values(frame, key))) > 1 for frame in frames)]
-    matches = _matches(frames, list(on) if on is not None else _distinctive_keys(frames, varied))
-    agreed = [key for key in dict.fromkeys([*(on or ()), *varied]) if _agree(frames, key, matches)]
+    varied = [key for key in shared if any(len(set(side.values(key))) > 1 for side in sides)]
+    matches = _matches(sides, list(on) if on is not None else _distinctive_keys(sides, varied))
+    agreed = [key for key in dict.fromkeys([*(on or ()), *varied]) if _agree(sides, key, matches)]
     differing = [
         key
-        for key in dict.fromkeys([*configs[0], *configs[1]])
-        if key not in agreed and not (key in shared and _agree(frames, key, matches))
+        for key in dict.fromkeys([*sides[0].keys, *sides[1].keys])
+        if key not in agreed and not (key in shared and _agree(sides, key, matches))
     ]
+    frames = [side.frame for side in sides]
     measured = _measured(frames, metric, matches)
     columns = {config_column(key, measured): _common(frames, key, matches) for key in agreed} | measured
     columns |= {
-        f"{key}_{side}": _taken(frame, key, [match[position] for match in matches])
+        f"{key}_{name}": _taken(side.frame, key, [match[position] for match in matches])
         for key in differing
-        for position, (frame, side) in enumerate(zip(frames, "ab", strict=True))
-        if key in configs[position]
+        for position, (side, name) in enumerate(zip(sides, "ab", strict=True))
+        if key in side.keys
     }
     return pd.DataFrame(columns, index=range(len(matches)))
 
 
-def _config_columns(run: SweepResults, frame: pd.DataFrame) -> list[str]:
-    columns = [f"config.{key}" if f"config.{key}" in frame else key for key in run.declared_values()]
-    return [name for name in columns if name in frame]
+class _Side:
+    """One of the runs: its frame, the columns of its config keys, and their values as they are compared."""
+
+    def __init__(self, run: SweepResults, frame: pd.DataFrame) -> None:
+        self.frame = frame
+        columns = [f"config.{key}" if f"config.{key}" in frame else key for key in run.declared_values()]
+        self.keys = [name for name in columns if name in frame]
+        self._values: dict[str, list[Any]] = {}
+
+    def values(self, key: str) -> list[Any]:
+        """Return a config column's values so that those are equal that mean the same."""
+        if key not in self._values:
+            self._values[key] = [_comparable(value) for value in self.frame[key].tolist()]
+        return self._values[key]
+
+    def points(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Return every trial's values of some keys."""
+        if not keys:
+            return [()] * len(self.frame)
+        return list(zip(*(self.values(key) for key in keys), strict=True))
 
 
-def _values(frame: pd.DataFrame, key: str) -> Iterator[Any]:
-    """Yield a config column's values so that those are equal that mean the same."""
-    for value in frame[key].tolist():
-        if is_missing(value):
-            yield None
-        elif isinstance(value, bool):
-            yield str(value), bool
-        else:
-            yield value if isinstance(value, (int, float, str)) else (as_text(value), list)
+def _comparable(value: Any) -> Any:
+    if is_missing(value):
+        return None
+    if isinstance(value, bool):
+        return str(value), bool
+    return value if isinstance(value, (int, float, str)) else (as_text(value), list)
 
 
-def _points(frame: pd.DataFrame, keys: Iterable[str]) -> list[tuple[Any, ...]]:
-    columns = [list(_values(frame, key)) for key in keys]
-    return list(zip(*columns, strict=True)) if columns else [()] * len(frame)
-
-
-def _distinctive_keys(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> list[str]:
+def _distinctive_keys(sides: Sequence[_Side], keys: Sequence[str]) -> list[str]:
     """Return as few of the keys as tell the trials of each run apart and match as many as more keys do."""
     kept = list(keys)
     for key in reversed(keys):
         fewer = [other for other in kept if other != key]
-        is_enough = all(_num_points(frame, fewer) == _num_points(frame, kept) for frame in frames)
-        if is_enough and _num_matched(frames, fewer) >= _num_matched(frames, kept):
+        is_enough = all(len(set(side.points(fewer))) == len(set(side.points(kept))) for side in sides)
+        if is_enough and _num_matched(sides, fewer) >= _num_matched(sides, kept):
             kept = fewer
     return kept
 
 
-def _num_points(frame: pd.DataFrame, keys: Iterable[str]) -> int:
-    return len(set(_points(frame, keys)))
+def _num_matched(sides: Sequence[_Side], keys: Sequence[str]) -> int:
+    return sum(-1 not in match for match in _matches(sides, keys))
 
 
-def _num_matched(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> int:
-    return sum(-1 not in match for match in _matches(frames, keys))
-
-
-def _matches(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> list[Match]:
+def _matches(sides: Sequence[_Side], keys: Sequence[str]) -> list[Match]:
     """Return the rows that belong together: equal in these keys, and in the order of those that are alike."""
     rows_b: dict[tuple[Any, ...], list[int]] = {}
-    for row, point in enumerate(_points(frames[1], keys)):
+    for row, point in enumerate(sides[1].points(keys)):
         rows_b.setdefault(point, []).append(row)
     for rows in rows_b.values():
         rows.reverse()
     matches = []
-    for row, point in enumerate(_points(frames[0], keys)):
+    for row, point in enumerate(sides[0].points(keys)):
         of_b = rows_b.get(point)
         matches.append((row, of_b.pop() if of_b else -1))
     return matches + [(-1, row) for row in sorted(row for rows in rows_b.values() for row in rows)]
 
 
-def _agree(frames: Sequence[pd.DataFrame], key: str, matches: Sequence[Match]) -> bool:
+def _agree(sides: Sequence[_Side], key: str, matches: Sequence[Match]) -> bool:
     """Return whether trials that belong together have the same value."""
-    values_a, values_b = (list(_values(frame, key)) for frame in frames)
+    values_a, values_b = (side.values(key) for side in sides)
     return all(-1 in (row_a, row_b) or values_a[row_a] == values_b[row_b] for row_a, row_b in matches)
 
 

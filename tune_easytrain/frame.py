@@ -31,15 +31,23 @@ class FrameLayout:
     config_columns: Mapping[str, str]
 
     @classmethod
-    def of(cls, records: Iterable[TrialRecord], metric: str, config_keys: Iterable[str]) -> FrameLayout:
-        """Return the layout for trials of which all have `metric`, reported or not, and these config keys."""
-        records = list(records)
+    def of(
+        cls,
+        records: Iterable[TrialRecord],
+        configs: Iterable[Mapping[str, Any]],
+        metric: str,
+        config_keys: Iterable[str],
+    ) -> FrameLayout:
+        """Return the layout for trials of which all have `metric`, reported or not, and these config keys.
+
+        `configs` are the trials' own, flattened.
+        """
         metrics = {metric: None}  # dicts as ordered sets: every trial brings the same names again
         metrics |= {name: None for record in records for name in metric_names(record.last)}
         taken = frozenset((*(column.name for column in COLUMNS), *_metric_columns(metrics)))
         keys = dict.fromkeys(config_keys)
-        for record in records:
-            keys |= dict.fromkeys(flatten_config(record.config))
+        for config in configs:
+            keys |= dict.fromkeys(config)
         return cls(tuple(metrics), {key: config_column(key, taken) for key in keys})
 
     @property
@@ -73,8 +81,12 @@ def build_frame(
         declared: values the sweep gives its keys, which have a say in the dtype of their column.
     """
     records = list(records)
-    layout = FrameLayout.of(records, metric, config_keys)
-    rows = [_row(record, record.best(metric, mode), layout) for record in records]
+    configs = [flatten_config(record.config) for record in records]
+    layout = FrameLayout.of(records, configs, metric, config_keys)
+    rows = [
+        _row(record, config, record.best(metric, mode), layout)
+        for record, config in zip(records, configs, strict=True)
+    ]
     keys = {column: key for key, column in layout.config_columns.items()}
     dtypes = {column.name: column.dtype for column in COLUMNS}
     dtypes |= dict.fromkeys(layout.metric_columns, "float64")
@@ -140,8 +152,10 @@ def _metric_columns(metrics: Iterable[str]) -> list[str]:
     return [f"{name}_{which}" for name in metrics for which in ("last", "best")]
 
 
-def _row(record: TrialRecord, best: Mapping[str, float], layout: FrameLayout) -> dict[str, Any]:
-    row = {layout.config_columns[key]: value for key, value in flatten_config(record.config).items()}
+def _row(
+    record: TrialRecord, config: Mapping[str, Any], best: Mapping[str, float], layout: FrameLayout
+) -> dict[str, Any]:
+    row = {layout.config_columns[key]: value for key, value in config.items()}
     for name in metric_names(record.last):
         row |= {f"{name}_last": record.last[name], f"{name}_best": best.get(name)}
     return row | _fixed_values(record, best)

@@ -170,7 +170,7 @@ class SweepResults:
         return best_row(chosen, column, mode)
 
     def checkpoints(self, trial_id: str) -> list[StoredCheckpoint]:
-        """Return a trial's stored checkpoints, the newest first; raises OSError where they cannot be listed."""
+        """Return a trial's stored checkpoints, the newest first; OSError where they cannot be listed."""
         folder, filesystem = self._directory.ray_place
         return CheckpointStore(f"{folder}/{trial_id}", filesystem).stored()
 

@@ -1,6 +1,7 @@
 """The command line: `tune-easytrain validate | plan | probe | run | resume`.
 
-`cli_results` has the command that shows results, `cli_jobs` those for jobs of a cluster.
+`cli_results` has the command that shows results, `cli_dashboard` the one that shows them live, `cli_jobs`
+those for jobs of a cluster.
 
 Exit codes: 0 done, 1 trials failed, 2 bad input, 130 interrupted.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_easytrain import cli_jobs, cli_results
+from tune_easytrain import cli_dashboard, cli_jobs, cli_results
 from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 from tune_easytrain.plain_text import printable
@@ -46,6 +47,9 @@ Address = Annotated[
     typer.Option(
         help="A Ray cluster to join, or 'local' for one of this machine, for the time of the sweep."
     ),
+]
+ShowDashboard = Annotated[
+    bool, typer.Option("--dashboard", help="Serve the live dashboard on this machine until the sweep ends.")
 ]
 
 
@@ -160,13 +164,16 @@ def run(
     debug: Annotated[
         bool, typer.Option("--debug", help="Run the trials in this process, without Ray, for a debugger.")
     ] = False,
+    dashboard: ShowDashboard = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep and print its results; progress goes to standard error."""
     config = _load(file, overrides)
     from tune_easytrain import sweep
 
-    results = sweep.run(config, address=address, max_experiments=max_experiments, debug=debug)
+    results = sweep.run(
+        config, address=address, max_experiments=max_experiments, debug=debug, dashboard=dashboard
+    )
     _finish(results, as_json)
 
 
@@ -176,6 +183,7 @@ def resume(
         str, typer.Argument(help="The run directory that `run` printed, or its URL.", show_default=False)
     ],
     address: Address = "local",
+    dashboard: ShowDashboard = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a sweep that was interrupted; finished trials are kept as they are."""
@@ -184,10 +192,11 @@ def resume(
     RunDirectory.open(run_dir)  # told at once, before anything slow is loaded
     from tune_easytrain import sweep
 
-    _finish(sweep.resume(run_dir, address=address), as_json)
+    _finish(sweep.resume(run_dir, address=address, dashboard=dashboard), as_json)
 
 
 cli_results.add_commands(app)
+cli_dashboard.add_commands(app)
 cli_jobs.add_commands(app)
 
 

@@ -1,4 +1,4 @@
-"""Optional packages: what some names in a sweep file need beside the package itself."""
+"""Optional packages: what some names in a sweep file, and the dashboard, need beside the package itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tune_easytrain.config import SweepConfig
-from tune_easytrain.errors import ConfigError, Fault
+from tune_easytrain.errors import BadInputError, ConfigError, Fault
 from tune_easytrain.yaml_source import YamlPath, YamlSource, read_file
 
 
@@ -28,6 +28,9 @@ _SEARCHES = {
 }
 _SCHEDULERS = {"pb2": _Need("search", {"sklearn": "scikit-learn"})}
 _LOGGERS = {name: _Need(name, {name: name}) for name in ("tensorboard", "mlflow", "wandb")}
+_DASHBOARD = _Need(
+    "dashboard", {"dash": "dash", "dash_ag_grid": "dash-ag-grid", "waitress": "waitress", "optuna": "optuna"}
+)
 
 
 def check_packages(config: SweepConfig) -> None:
@@ -52,6 +55,15 @@ def check_logger_packages(config: SweepConfig) -> None:
     _require(config, _logger_needs(config))
 
 
+def check_dashboard_packages() -> None:
+    """Raise BadInputError where the dashboard needs a package that is not installed here."""
+    if missing := _DASHBOARD.missing():
+        raise BadInputError(
+            f"the dashboard needs {' and '.join(missing)}, which this Python does not have; "
+            f"{_install(_DASHBOARD.extra)}"
+        )
+
+
 def _logger_needs(config: SweepConfig) -> list[tuple[YamlPath, str, _Need | None]]:
     return [
         (("loggers", number), logger.name, _LOGGERS[logger.name])
@@ -71,9 +83,13 @@ def _require(config: SweepConfig, needs: Iterable[tuple[YamlPath, str, _Need | N
 
 def _fault(config: SweepConfig, path: YamlPath, name: str, missing: list[str], extra: str) -> Fault:
     problem = f"{name!r} needs {' and '.join(missing)}, which this Python does not have"
-    remedy = f"pip install 'tune-easytrain[{extra}]'"
+    remedy = _install(extra)
     if config.source_path is None:
         source = YamlSource("<config>", None, {})
     else:
         source, _ = read_file(config.source_path)
     return source.fault(("run", *path), problem, remedy)
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'tune-easytrain[{extra}]'"

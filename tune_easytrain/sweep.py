@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from tune_easytrain.checkpoint_store import CheckpointStore
 from tune_easytrain.child_process import modules_to_preload, start_forkserver
 from tune_easytrain.cluster import beside_driver, check_local_gpu, ray_session
 from tune_easytrain.config import SweepConfig, load_config
+from tune_easytrain.dashboard_process import dashboard_shown
 from tune_easytrain.errors import InsufficientResourcesError, RunDirectoryError, StorageLostError
 from tune_easytrain.events import Created, Event, append_events, load_events
 from tune_easytrain.interruption import Interruption
 from tune_easytrain.loggers import logged
 from tune_easytrain.mirror import Mirror, mirrored
-from tune_easytrain.optional_packages import check_logger_packages, check_packages
+from tune_easytrain.optional_packages import check_dashboard_packages, check_logger_packages, check_packages
 from tune_easytrain.origin import Origin
 from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.pending_watch import PendingWatch
@@ -58,6 +59,7 @@ def run(
     address: str | None = "local",
     max_experiments: int | None = None,
     debug: bool = False,
+    dashboard: bool = False,
     quiet: bool = False,
 ) -> SweepResults:
     """Run a sweep to its end and return its results.
@@ -70,6 +72,8 @@ def run(
             RAY_ADDRESS or this host names, or else starts one; anything else is a cluster's address.
         max_experiments: keep only the first so many trials of the file's order.
         debug: run the trials one after another in this very process, without Ray, so that a debugger works.
+        dashboard: serve the live dashboard on this machine until the sweep ends; its address is in the
+            progress.
         quiet: show no progress; otherwise it goes to standard error.
 
     Raises:
@@ -83,6 +87,8 @@ def run(
         check_logger_packages(config)
     else:
         check_packages(config)
+    if dashboard:
+        check_dashboard_packages()
     console = Console(stderr=True, quiet=quiet)
     storage = Storage.at(config.run.storage)
     if storage.is_remote:
@@ -108,6 +114,7 @@ def run(
         say = partial(say_line, console)
         with (
             directory.locked(),
+            _dashboard(directory, console, dashboard),
             _mirrored(directory, console) as mirror,
             logged(config, directory, records.values(), mirror, say, on_ray=False) as note,
             _display(config, records, console) as progress,
@@ -124,12 +131,14 @@ def run(
         say_lines(
             console, [f"Run directory: {directory.place}", f"If interrupted: {directory.resume_command}"]
         )
-        with directory.locked():
+        with directory.locked(), _dashboard(directory, console, dashboard):
             _fit(config, directory, (task, function), requests, max_experiments, console)
     return SweepResults(directory)
 
 
-def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = False) -> SweepResults:
+def resume(
+    run_dir: str | Path, *, address: str | None = "local", dashboard: bool = False, quiet: bool = False
+) -> SweepResults:
     """Go on with a sweep that was interrupted; trials that had ended are neither run again nor changed.
 
     Raises RunDirectoryError where the folder is no run directory, its driver is alive, or another user could
@@ -137,8 +146,11 @@ def resume(run_dir: str | Path, *, address: str | None = "local", quiet: bool = 
     """
     directory = RunDirectory.open(run_dir)
     directory.require_own()
-    with directory.locked():
-        return _resume(directory, address, Console(stderr=True, quiet=quiet))
+    if dashboard:
+        check_dashboard_packages()
+    console = Console(stderr=True, quiet=quiet)
+    with directory.locked(), _dashboard(directory, console, dashboard):
+        return _resume(directory, address, console)
 
 
 def _resume(directory: RunDirectory, address: str | None, console: Console) -> SweepResults:
@@ -164,6 +176,10 @@ def _display(config: SweepConfig, records: Mapping[str, TrialRecord], console: C
 
 def _mirrored(directory: RunDirectory, console: Console) -> AbstractContextManager[Mirror | None]:
     return mirrored(directory, lambda line: say_lines(console, [line]))
+
+
+def _dashboard(directory: RunDirectory, console: Console, is_wanted: bool) -> AbstractContextManager[None]:
+    return dashboard_shown(directory, partial(say_line, console)) if is_wanted else nullcontext()
 
 
 def _create(

@@ -90,12 +90,12 @@ class _Trial:
             span = span.extended(event, had_resources=had_resources, is_final=record.state.is_final)
             position = known.position + num_bytes
         if position == known.position:
-            return replace(known, stamp=stamp_of(status))
+            return replace(known, stamp=_stamp(status))
         checksum = crc32(view[known.position : position], known.checksum)
-        return _Trial(record, span, stamp_of(status), position, checksum, revision)
+        return _Trial(record, span, _stamp(status), position, checksum, revision)
 
 
-def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
     """Return what differs where a file has changed."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -163,7 +163,7 @@ class LiveRun(SweepResults):
         try:
             for trial_id, status in self._directory.trial_files().items():
                 trial = before.trials.get(trial_id) or _Trial(TrialRecord(trial_id), revision=revision)
-                if trial.stamp != stamp_of(status):
+                if trial.stamp != _stamp(status):
                     try:
                         trial = trial.read_on(self._directory.trial_path(trial_id), revision)
                     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -112,6 +112,12 @@ class ImportanceDesk:
             self._results[name] = (revision, found)
             self._num_results += 1
             del self._running[name]
+
+    def wait(self) -> None:
+        """Wait until nothing is being measured."""
+        with self._lock:
+            running = list(self._running.values())
+        wait(running)
 
     def version(self) -> int:
         """Return a number that grows with every result."""

@@ -171,7 +171,7 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
         case Reported():
             shown = dict.fromkeys(["train_loss", metric])
             values = ", ".join(f"{key} {event.metrics[key]:.4g}" for key in shown if key in event.metrics)
-            return f"{name}: epoch {event.metrics['epoch']:g}: {values}"
+            return f"{name}: epoch {record.last['epoch']:g}: {values}"
         case CheckpointLost():
             return f"{name}: a checkpoint is lost, training goes on: {event.reason}"
         case Interrupted():

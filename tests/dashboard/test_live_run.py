@@ -432,3 +432,18 @@ def make_stored_run(url: str) -> RunDirectory:
     for index in range(2):
         add(directory, index, *TRAINING)
     return directory
+
+
+def test_its_frame_is_that_of_the_last_poll(tmp_path: Path) -> None:
+    run, directory = follow(tmp_path, [TRAINING])
+    run.poll()
+    assert run.frame()["epochs"].tolist() == [1]
+    assert run.frame(metric="train_loss", mode="min")["epochs"].tolist() == [1]
+    add(directory, 0, epoch(2, 0.9))
+    assert run.frame()["epochs"].tolist() == [1]
+    run.poll(max_age_seconds=0)
+    assert run.frame()["epochs"].tolist() == [2]
+    assert run.frame(where="epochs > 2").empty
+    changed = run.frame()
+    changed["epochs"] = 7
+    assert run.frame()["epochs"].tolist() == [2]

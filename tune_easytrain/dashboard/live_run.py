@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import pandas as pd
+
+from tune_easytrain.columns import Mode
 from tune_easytrain.errors import BadInputError, RunDirectoryError
 from tune_easytrain.events import Event, Started, load_events, parse_events
-from tune_easytrain.results import SweepResults
+from tune_easytrain.results import SweepResults, Where
 from tune_easytrain.run_directory import RunDirectory
 from tune_easytrain.trial_record import TrialRecord
 
@@ -124,6 +127,7 @@ class LiveRun(SweepResults):
         self.name = directory.name
         self._declared = super().declared_values()
         self._fetcher = _Fetcher(directory) if directory.is_followed else None
+        self._frame: tuple[tuple[int, str, Mode | None] | None, pd.DataFrame | None] = (None, None)
         self._polling = threading.Lock()
         self._reading = _Reading()  # replaced by who holds the lock, read by everybody
         self._polled_at = float("-inf")
@@ -219,6 +223,24 @@ class LiveRun(SweepResults):
         if self._sweep is None:
             self._sweep = super().sweep()
         return self._sweep
+
+    def frame(
+        self,
+        *,
+        where: Where = None,
+        sort: str | None = None,
+        metric: str | None = None,
+        mode: Mode | None = None,
+    ) -> pd.DataFrame:
+        """Return the frame as of the last poll; that of all trials is kept until one changes."""
+        if where is not None or sort is not None:
+            return super().frame(where=where, sort=sort, metric=metric, mode=mode)
+        asked = (self._reading.revision, metric or self.metric, mode)
+        known, frame = self._frame
+        if frame is None or known != asked:
+            frame = super().frame(metric=metric, mode=mode)
+            self._frame = asked, frame
+        return frame.copy(deep=False)
 
     def declared_values(self) -> dict[str, list[Any]]:
         """Return every dotted config key of the sweep, grid keys first, with the values its file gives it."""

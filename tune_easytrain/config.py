@@ -14,7 +14,7 @@ from tune_easytrain import credentials
 from tune_easytrain.config_checks import sweep_issues
 from tune_easytrain.config_issues import Issue, fail, fail_with, issues_of, kind_of
 from tune_easytrain.errors import ConfigError, Fault
-from tune_easytrain.grid import BATCH_SIZE_KEY, GridSearchConfig, batch_size_issues, user_value_issues
+from tune_easytrain.grid import GridSearchConfig, batch_size_issues, user_value_issues
 from tune_easytrain.overrides import apply_overrides
 from tune_easytrain.section import Section
 from tune_easytrain.sections import (
@@ -25,6 +25,7 @@ from tune_easytrain.sections import (
     TrainConfig,
     TrialConfig,
 )
+from tune_easytrain.trial_space import BATCH_SIZE_KEY
 from tune_easytrain.yaml_source import YamlPath, YamlSource, read_data, read_file
 
 __all__ = [

@@ -10,8 +10,8 @@ from typing import Any
 
 from tune_easytrain.config_issues import Issue
 from tune_easytrain.errors import did_you_mean
-from tune_easytrain.grid import BATCH_SIZE_KEY
 from tune_easytrain.run_checks import run_issues
+from tune_easytrain.trial_space import BATCH_SIZE_KEY
 from tune_easytrain.yaml_source import YamlPath
 
 _PAIR_PATH: YamlPath = ("grid_search", "pair")

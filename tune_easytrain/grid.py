@@ -22,10 +22,7 @@ from tune_easytrain.config_issues import (
 from tune_easytrain.errors import did_you_mean
 from tune_easytrain.section import Section
 from tune_easytrain.sections import BatchConfig, MemoryConfig, TrainConfig
-from tune_easytrain.trial_space import POINT_KEY
-
-BATCH_SIZE_KEY = "hp.batch_size"
-MODEL_KEY = "model.type"
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, POINT_KEY
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "batch": BatchConfig,

@@ -11,13 +11,14 @@ from tune_easytrain.batch_plan import BatchPlan, largest_share
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import EstimateError
-from tune_easytrain.grid import MODEL_KEY, Distribution
+from tune_easytrain.grid import Distribution
 from tune_easytrain.memory_budget import BudgetRequest, probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.memory_ladder import choose_strategies, ladder
 from tune_easytrain.probe import SearchPlan, largest_power_of_two
 from tune_easytrain.search_space import build_trial_space, distributions, grid_keys, grid_points, varied_keys
 from tune_easytrain.settings import TrialSettings, given_batch_size, with_strategies_of
+from tune_easytrain.trial_space import MODEL_KEY
 
 UNLIMITED_SAMPLES = 4096
 """The largest micro-batch looked at where neither a batch size nor an effective batch size limits it."""

@@ -17,10 +17,9 @@ from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, 
 from tune_easytrain.search_space import build_trial_space, grid_keys, grid_points
 from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
-from tune_easytrain.trial_space import SECTION_NAMES
+from tune_easytrain.trial_space import MODEL_KEY, SECTION_NAMES
 from tune_easytrain.yaml_source import read_file
 
-_MODEL_KEY = "model.type"
 _MAX_TOKENS_KEY = "batch.max_tokens"
 _NOT_OF_THE_MODEL = ("hp", "optimizer", "scheduler", "batch", "train", "memory")
 
@@ -44,7 +43,7 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
         built.add(signature)
         try:
             task = _build_on_meta(build_task, trial)
-            known.append(str(_value_at(trial, _MODEL_KEY)))
+            known.append(str(_value_at(trial, MODEL_KEY)))
         except Exception as error:  # noqa: BLE001 -- whatever the user's code raises becomes a fault
             failures.append((point, trial, error))
     for point, trial, failure in failures:
@@ -126,7 +125,7 @@ def _fault(
     error: Exception,
     known: Sequence[str],
 ) -> Fault:
-    key = error.key if isinstance(error, UnknownNameError) else _MODEL_KEY
+    key = error.key if isinstance(error, UnknownNameError) else MODEL_KEY
     value = _value_at(trial, key)
     problem, remedy = f"{value!r}: building the model failed: {type(error).__name__}: {error}", ""
     if isinstance(error, UnknownNameError):

@@ -9,10 +9,10 @@ from typing import Any
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, NotEnoughMemoryError
-from tune_easytrain.grid import BATCH_SIZE_KEY, MODEL_KEY
 from tune_easytrain.memory_plan import UNLIMITED_SAMPLES, MemoryPlan, TrialMemory
 from tune_easytrain.probe import largest_power_of_two
 from tune_easytrain.search_space import choose_pairing, distributions
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, MODEL_KEY
 from tune_easytrain.yaml_source import read_text
 
 _INDENT = "    "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tune_easytrain.config_issues import Issue
-from tune_easytrain.grid import BATCH_SIZE_KEY
+from tune_easytrain.trial_space import BATCH_SIZE_KEY
 from tune_easytrain.yaml_source import YamlPath
 
 _POPULATIONS = ("pbt", "pb2")

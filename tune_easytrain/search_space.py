@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError
-from tune_easytrain.grid import BATCH_SIZE_KEY, MODEL_KEY, Distribution, GridSearchConfig
-from tune_easytrain.trial_space import POINT_KEY, SECTION_NAMES, TrialSpace
+from tune_easytrain.grid import Distribution, GridSearchConfig
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, MODEL_KEY, POINT_KEY, SECTION_NAMES, TrialSpace
 
 MAX_POINTS = 1_000_000
 """Grid points that are listed; a few short lists can mean more than memory holds."""

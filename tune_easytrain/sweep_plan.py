@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.config import SweepConfig
-from tune_easytrain.grid import BATCH_SIZE_KEY
 from tune_easytrain.search_space import (
     PairingPlan,
     build_trial_space,
@@ -23,7 +22,7 @@ from tune_easytrain.search_space import (
     perturbed_keys,
 )
 from tune_easytrain.settings import batch_sizes, given_batch_size
-from tune_easytrain.trial_space import TrialSpace
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, TrialSpace
 
 _EFFECTIVE_KEY = "batch.effective_batch_size"
 

@@ -10,6 +10,10 @@ from typing import Any
 POINT_KEY = "point"
 """The name under which Ray hands a trial its grid point; every other name Ray gives is a sampled key."""
 
+MODEL_KEY = "model.type"
+BATCH_SIZE_KEY = "hp.batch_size"
+EFFECTIVE_BATCH_SIZE_KEY = "batch.effective_batch_size"
+
 SECTION_NAMES = ("batch", "train", "memory")
 """The sections of a sweep file that a grid may override and that every trial's config holds."""
 

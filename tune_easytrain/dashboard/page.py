@@ -10,8 +10,7 @@ from tune_easytrain.dashboard.elements import Element
 from tune_easytrain.dashboard.live_run import LiveRun
 from tune_easytrain.dashboard.rows import Row, TrialRows
 from tune_easytrain.dashboard.run_list import RunList
-
-EFFECTIVE_BATCH_SIZE = "batch.effective_batch_size"
+from tune_easytrain.trial_space import EFFECTIVE_BATCH_SIZE_KEY
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Question:
     @property
     def keys(self) -> list[str]:
         """The config keys that tell trials apart; the effective batch size has a place of its own."""
-        return [key for key in self.run.varied_keys() if key != EFFECTIVE_BATCH_SIZE]
+        return [key for key in self.run.varied_keys() if key != EFFECTIVE_BATCH_SIZE_KEY]
 
     @property
     def picked(self) -> list[str]:
@@ -47,7 +46,8 @@ class Question:
 class Page:
     """A view's answer.
 
-    `controls` stay until the reader goes elsewhere; `live` is made again when the sweep has changed.
+    `live` is made again when the sweep or the question has changed; `controls`, the boxes to type in, stay
+    for as long as the view has the same ones.
     """
 
     live: Sequence[Element]

@@ -9,7 +9,6 @@ from typing import Any
 from tune_easytrain.columns import Mode
 from tune_easytrain.dashboard.elements import (
     choice,
-    filter_box,
     graph,
     note,
     section,
@@ -20,6 +19,7 @@ from tune_easytrain.dashboard.elements import (
 from tune_easytrain.dashboard.figure import COLORS, SYMBOLS, build_figure, pareto_front, plain
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown
+from tune_easytrain.trial_space import MODEL_KEY
 
 _GIB = 2**30
 AXES: dict[str, tuple[str, Mode | None]] = {
@@ -80,7 +80,7 @@ def build(question: Question) -> Page:
             section(title, table(["trial", _key(question) or "trial", words, run.metric], cells, title))
         )
     options = [(name, axis[0]) for name, axis in AXES.items()]
-    return Page(live, [choice("Against", options, x, address, "x"), filter_box(address)])
+    return Page([choice("Against", options, x, address, "x"), *live])
 
 
 def _is_there(value: Any) -> bool:
@@ -89,7 +89,7 @@ def _is_there(value: Any) -> bool:
 
 def _key(question: Question) -> str:
     keys = question.keys
-    return next((key for key in keys if key == "model.type"), keys[0] if keys else "")
+    return next((key for key in keys if key == MODEL_KEY), keys[0] if keys else "")
 
 
 def _group(row: Row, question: Question) -> str:
@@ -104,7 +104,7 @@ def _trace(name: str, rows: Sequence[Row], x: str, scale: int, column: str, numb
         "name": plain(name or "trials"),
         "x": [row[x] / scale for row in rows],
         "y": [row[column] for row in rows],
-        "text": [row["trial_id"] for row in rows],
+        "text": [plain(row["trial_id"]) for row in rows],
         "customdata": [row["trial_id"] for row in rows],
         "hovertemplate": "%{text}<br>%{x:.4g}, %{y:.4g}",
         "marker": {

@@ -14,7 +14,7 @@ if [ $# -gt 1 ]; then
   source "$2/bin/activate"
   login+=" && . '$2/bin/activate'"
 fi
-python -m pip install --quiet --disable-pip-version-check "$package[video]" "ray[default]==$RAY_VERSION"
+python -m pip install --quiet --disable-pip-version-check "$package[video,dashboard]" "ray[default]==$RAY_VERSION"
 
 if [ -n "$UCF101_SOURCE" ] && [ ! -e "$UCF101_ROOT" ]; then
   echo "copying $UCF101_SOURCE to $UCF101_ROOT"

@@ -93,7 +93,7 @@ def test_all_that_pip_needs_of_the_package_travels(cluster):
         "cluster",
         project["project"]["readme"],
         *project["project"]["license-files"],
-        *project["tool"]["setuptools"]["packages"],
+        *(package.partition(".")[0] for package in project["tool"]["setuptools"]["packages"]),
     }
     assert needed <= set(mounts.values())
     for there, here in mounts.items():
@@ -271,7 +271,7 @@ def test_a_node_is_prepared_once(node):
     for _ in range(2):
         done = prepare_node(node)
         assert done.returncode == 0, done.stderr
-        assert "package[video] ray[default]==" in done.stdout
+        assert "package[video,dashboard] ray[default]==" in done.stdout
     assert (home / "data" / "UCF-101" / "videos" / "one.avi").read_bytes() == b"one"
     assert "copying" not in done.stdout
     assert (home / ".bashrc").read_text() == f". '{node.parent}/settings.sh'\n"

@@ -60,9 +60,6 @@ def dashboard(
     """Show sweeps as live web pages, while they run and afterwards, until Ctrl-C."""
     if parent is not None:
         _end_with(parent)
-    from tune_easytrain.optional_packages import check_dashboard_packages
-
-    check_dashboard_packages()
     try:
         if cluster is not None:
             _forward(cluster, places or [], host, port, open_browser)
@@ -80,6 +77,9 @@ def add_commands(app: typer.Typer) -> None:
 def _serve(
     places: list[str], host: str, port: int | None, open_browser: bool | None, patience: float | None
 ) -> int:
+    from tune_easytrain.optional_packages import check_dashboard_packages
+
+    check_dashboard_packages()
     from tune_easytrain.dashboard.app import build_app
     from tune_easytrain.dashboard.server import DashboardServer, listen
 

@@ -29,7 +29,7 @@ _SEARCHES = {
 _SCHEDULERS = {"pb2": _Need("search", {"sklearn": "scikit-learn"})}
 _LOGGERS = {name: _Need(name, {name: name}) for name in ("tensorboard", "mlflow", "wandb")}
 _DASHBOARD = _Need(
-    "dashboard", {"dash": "dash", "dash_ag_grid": "dash-ag-grid", "waitress": "waitress", "optuna": "optuna"}
+    "dashboard", {"dash": "dash", "waitress": "waitress", "optuna": "optuna", "sklearn": "scikit-learn"}
 )
 
 

@@ -15,8 +15,6 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import waitress
-
 from tune_easytrain.dashboard.access import Access
 from tune_easytrain.errors import BadInputError
 
@@ -97,6 +95,8 @@ class DashboardServer:
 
     def run(self) -> int:
         """Serve until SIGINT or SIGTERM, and return its number; for the main thread of a process."""
+        import waitress  # not needed by who only forwards a port
+
         received: list[int] = []
 
         def end(number: int, frame: FrameType | None) -> None:

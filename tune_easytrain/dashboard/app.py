@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from tune_easytrain.dashboard import (
     comparison_page,
@@ -44,13 +44,18 @@ _log = logging.getLogger(__name__)
 class View:
     """A view: its name in addresses, its title, and how it is built.
 
-    `version` says what else than the sweep makes it change.
+    `version` says what else than the sweep makes it change, `boxes` what there is to type in.
     """
 
     name: str
     title: str
     build: Callable[[Question], Page]
     version: Callable[[Question], Hashable] = lambda question: None
+    boxes: Callable[[Address], Sequence[Element]] = lambda address: [filter_box(address)]
+
+
+def _none(address: Address) -> Sequence[Element]:
+    return []
 
 
 def _clock(question: Question) -> Hashable:
@@ -58,16 +63,16 @@ def _clock(question: Question) -> Hashable:
 
 
 VIEWS = (
-    View("overview", "Overview", overview.build, _clock),
-    View("trials", "Trials", trial_table.build),
-    View("curves", "Curves", curves.build),
+    View("overview", "Overview", overview.build, _clock, _none),
+    View("trials", "Trials", trial_table.build, boxes=trial_table.boxes),
+    View("curves", "Curves", curves.build, boxes=curves.boxes),
     View("parallel", "Parallel coordinates", parallel.build),
     View("importance", "Importance", importance.build, importance.version),
     View("tradeoffs", "Trade-offs", tradeoffs.build),
     View("probes", "Probes", probes.build),
-    View("compare", "Compare", comparison_page.build, comparison_page.version),
+    View("compare", "Compare", comparison_page.build, comparison_page.version, comparison_page.boxes),
 )
-_OF_A_TRIAL = View(TRIAL, "Trial", trial_page.build, _clock)
+_OF_A_TRIAL = View(TRIAL, "Trial", trial_page.build, _clock, _none)
 _BY_NAME = {view.name: view for view in (*VIEWS, _OF_A_TRIAL)}
 
 
@@ -112,14 +117,14 @@ class Desk:
         try:
             page = view.build(question)
         except TuneEasyTrainError as error:
-            page = Page([problem(str(error))], [filter_box(address)])
+            page = Page([problem(str(error))])
         except Exception as error:  # noqa: BLE001  the reader is told, and the server goes on
             _log.exception("%s of %s", view.name, question.run.place)
             page = Page([problem(f"This view failed: {type(error).__name__}: {error}")])
         if question.run.problem:
             stale = problem(f"What you see may be old, as the sweep cannot be read: {question.run.problem}")
-            page = Page([stale, *page.live], page.controls)
-        return version, page
+            page = Page([stale, *page.live])
+        return version, replace(page, controls=view.boxes(address))
 
     @staticmethod
     def _told(address: Address, seen: str, content: Element) -> tuple[str, Page | None]:
@@ -167,14 +172,13 @@ def build_app(places: Sequence[str]) -> Dash:
         [
             dcc.Location(id="address", refresh=False),
             dcc.Interval(id="tick", interval=TICK_MILLISECONDS),
-            dcc.Store(id="seen", data={"address": "", "version": ""}),
+            dcc.Store(id="seen", data={"address": "", "version": "", "boxes": ""}),
             dcc.Store(id="heard"),
-            html.Div(id="named", hidden=True),
             html.A("Skip to the content", href="#content", className="skip"),
             html.Header(id="heading"),
             html.P(id="connection", role="status", className="problem", hidden=True),
             html.Main(
-                [html.Div(id="controls"), html.Div(id="live", **aria(live="off"))],
+                [html.Div(id="controls", className="boxes"), html.Div(id="live", **aria(live="off"))],
                 id="content",
                 tabIndex="-1",
             ),
@@ -206,10 +210,11 @@ def _add_callbacks(app: Dash, desk: Desk) -> None:
         version, page = desk.answer(address, seen["version"])
         if page is None:
             return no_update, no_update, no_update, no_update, num_ticks
-        now = {"address": str(address), "version": version}
-        if is_same_page:
-            return no_update, no_update, page.live, now, num_ticks
-        return desk.heading(address), page.controls, page.live, now, num_ticks
+        boxes = f"{address.run}/{address.view}/{address.trial}/{len(page.controls)}"
+        now = {"address": str(address), "version": version, "boxes": boxes}
+        heading = no_update if is_same_page else desk.heading(address)
+        controls = no_update if boxes == seen["boxes"] else page.controls
+        return heading, controls, page.live, now, num_ticks
 
     @app.callback(
         Output("address", "search", allow_duplicate=True),
@@ -227,22 +232,10 @@ def _add_callbacks(app: Dash, desk: Desk) -> None:
 
     in_browser: Callable[..., None] = app.clientside_callback  # Dash has no types for it
     in_browser(
-        ClientsideFunction("dashboard", "ask"),
-        Output("address", "search"),
-        Input({"box": ALL}, "value"),
-        State({"box": ALL}, "id"),
-        prevent_initial_call=True,
+        ClientsideFunction("dashboard", "fill"), Input("controls", "children"), Input("address", "search")
     )
-    in_browser(
-        ClientsideFunction("dashboard", "connection"),
-        Output("connection", "children"),
-        Output("connection", "hidden"),
-        Input("tick", "n_intervals"),
-        State("heard", "modified_timestamp"),
-    )
-    in_browser(
-        ClientsideFunction("dashboard", "name"), Output("named", "children"), Input("heading", "children")
-    )
+    in_browser(ClientsideFunction("dashboard", "heard"), Input("heard", "data"))
+    in_browser(ClientsideFunction("dashboard", "name"), Input("heading", "children"))
 
 
 _INDEX = """<!DOCTYPE html>

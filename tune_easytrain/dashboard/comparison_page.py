@@ -12,7 +12,7 @@ from tune_easytrain.comparison import compare
 from tune_easytrain.condition import select
 from tune_easytrain.dashboard.address import Address
 from tune_easytrain.dashboard.elements import Element, box, choice, graph, link, note, table, text
-from tune_easytrain.dashboard.figure import COLORS, build_figure
+from tune_easytrain.dashboard.figure import COLORS, build_figure, plain
 from tune_easytrain.dashboard.live_run import LiveRun
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import shown
@@ -35,12 +35,9 @@ def build(question: Question) -> Page:
         )
     name = address.query.get("with", "")
     options = [(other, other) for other in others]
-    controls = [
-        choice("With", options, name, address, "with"),
-        box("where", "Only rows with", address.query.get("where", ""), "found_in == both"),
-    ]
+    choices = choice("With", options, name, address, "with")
     if name not in others:
-        return Page([note("Choose the sweep to compare this one with.")], controls)
+        return Page([choices, note("Choose the sweep to compare this one with.")])
     other = question.runs.open(name)
     assert other is not None
     other.poll()
@@ -48,7 +45,12 @@ def build(question: Question) -> Page:
     found = frame["found_in"].tolist()
     both, only_a, only_b = (found.count(which) for which in ("both", "a", "b"))
     told = f"a is {run.name}, b is {name}. Trials: {both} in both, {only_a} in a alone, {only_b} in b alone."
-    return Page([note(told), _graph(frame, run.metric), _table(frame, run, name, address)], controls)
+    return Page([choices, note(told), _graph(frame, run.metric), _table(frame, run, name, address)])
+
+
+def boxes(address: Address) -> list[Element]:
+    """Return what there is to type in."""
+    return [box("where", "Only rows with", address, "found_in == both")]
 
 
 def version(question: Question) -> int:
@@ -101,7 +103,7 @@ def _known(value: object) -> object:
 
 def _graph(frame: pd.DataFrame, metric: str) -> Element:
     pairs = [
-        (a, b, f"{trial_a} / {trial_b}")
+        (a, b, plain(f"{trial_a} / {trial_b}"))
         for a, b, trial_a, trial_b in zip(
             frame[f"{metric}_a"], frame[f"{metric}_b"], frame["trial_id_a"], frame["trial_id_b"], strict=True
         )

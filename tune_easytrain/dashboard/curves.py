@@ -8,7 +8,16 @@ from typing import Any
 
 from dash import html
 
-from tune_easytrain.dashboard.elements import choice, filter_box, graph, link, note, trial_link
+from tune_easytrain.dashboard.address import Address
+from tune_easytrain.dashboard.elements import (
+    Element,
+    choice,
+    filter_box,
+    graph,
+    link,
+    note,
+    trial_link,
+)
 from tune_easytrain.dashboard.figure import COLORS, DASHES, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown, sorted_rows
@@ -37,8 +46,10 @@ def build(question: Question) -> Page:
     figure = build_figure(
         traces, x={"title": X_AXES[x]}, y={"title": metric}, key=f"{metric} {x}", showlegend=True
     )
-    live = [
-        graph(figure, f"{metric} of {which}.") if traces else note(f"None of {which} has reported {metric}.")
+    live: list[Element] = [
+        choice("Metric", [(name, name) for name in names], metric, address, "metric"),
+        choice("Over", X_AXES.items(), x, address, "x"),
+        graph(figure, f"{metric} of {which}.") if traces else note(f"None of {which} has reported {metric}."),
     ]
     live.append(
         html.Ul(
@@ -55,9 +66,12 @@ def build(question: Question) -> Page:
             className="picked",
         )
     )
-    axes = choice("Over", X_AXES.items(), x, address, "x")
-    controls = [choice("Metric", [(name, name) for name in names], metric, address, "metric"), axes]
-    return Page(live, controls if picked else [*controls, filter_box(address)])
+    return Page(live)
+
+
+def boxes(address: Address) -> list[Element]:
+    """Return what there is to type in; trials that were picked are shown whatever they are like."""
+    return [] if address.query.get("pick") else [filter_box(address)]
 
 
 def metrics_of(question: Question) -> list[str]:

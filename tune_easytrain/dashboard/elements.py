@@ -127,26 +127,23 @@ def choice(
     return html.Nav([html.Span(f"{label}: "), html.Ul(links)], className="choice", **aria(label=label))
 
 
-def box(name: str, label: str, value: str, hint: str) -> Element:
-    """Return an input whose text becomes a question in the address."""
-    identity = {"box": name}
-    return html.Label(
-        [
-            html.Span(label),
-            dcc.Input(
-                id=identity, value=value, placeholder=hint, type="text", debounce=0.4, spellCheck="false",
-                autoComplete="off",
-            ),
-        ],
-        className="box",
-    )  # fmt: skip
+def box(name: str, label: str, address: Address, hint: str) -> Element:
+    """Return an input whose text becomes a question in the address, which dashboard.js sees to."""
+    typed = dcc.Input(
+        id={"box": name},
+        value=address.query.get(name, ""),
+        placeholder=hint,
+        type="text",
+        debounce=False,  # with any, Dash puts the cursor back where it was some letters ago
+        spellCheck="false",
+        autoComplete="off",
+    )
+    return html.Label([html.Span(label), typed], className="box")
 
 
 def filter_box(address: Address) -> Element:
     """Return the input of the condition that says which trials are shown."""
-    return box(
-        "where", "Only trials with", address.query.get("where", ""), "model.type == r3d_18 and epochs > 3"
-    )
+    return box("where", "Only trials with", address, "model.type == r3d_18 and epochs > 3")
 
 
 def note(content: str) -> Element:

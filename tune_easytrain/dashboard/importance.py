@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tune_easytrain.dashboard.elements import filter_box, meter, note, table, text
+from tune_easytrain.dashboard.elements import meter, note, table, text
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown
 
@@ -136,20 +136,18 @@ def build(question: Question) -> Page:
     """Return the page."""
     run = question.run
     column = f"{run.metric}_best"
-    controls = [filter_box(question.address)]
     rows = [row for row in question.chosen() if _is_number(row.get(column))]
     keys = run.varied_keys()
     if len(rows) < FEWEST_TRIALS:
         return Page(
             [note(f"{len(rows)} trials have reported {run.metric}; from {FEWEST_TRIALS} on it can be said.")],
-            controls,
         )
     where = question.address.query.get("where", "")
     found = _DESK.ask((run.place, where), run.revision, rows, keys, column)
     if found is None:
-        return Page([note("Being measured …")], controls)
+        return Page([note("Being measured …")])
     if isinstance(found, Exception):
-        return Page([note(f"It cannot be measured: {found}")], controls)
+        return Page([note(f"It cannot be measured: {found}")])
     cells = [
         [text(key), meter(share, 1.0, f"{share:.1%}"), *_best_value(rows, key, column, run.mode)]
         for key, share in found.shares.items()
@@ -165,7 +163,7 @@ def build(question: Question) -> Page:
     ]
     if not cells:
         live.append(note("No key differs between these trials."))
-    return Page(live, controls)
+    return Page(live)
 
 
 def _best_value(rows: Sequence[Row], key: str, column: str, mode: str) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.dashboard.address import Address
-from tune_easytrain.dashboard.elements import filter_box, graph, link, note, section, table, text, trial_link
-from tune_easytrain.dashboard.figure import SCALE, build_figure, plain
+from tune_easytrain.dashboard.elements import graph, link, note, section, table, text, trial_link
+from tune_easytrain.dashboard.figure import COLORS, SCALE, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown, sorted_rows
 
@@ -88,7 +88,8 @@ class Axis:
         low, high = max(0.0, low), min(1.0, high)
         if self.values is not None:
             return [value for value in self.values if low <= (self.place(value) or 0.0) <= high]
-        return [float(f"{self._at(low):.6g}"), float(f"{self._at(high):.6g}")]
+        lowest = self.lowest if low == 0.0 else float(f"{self._at(low):.6g}")
+        return [lowest, self.highest if high == 1.0 else float(f"{self._at(high):.6g}")]
 
     def holds(self, value: Any, limits: Sequence[Any]) -> bool:
         """Return whether a value is within what `between` returned."""
@@ -124,9 +125,8 @@ def build(question: Question) -> Page:
     column = f"{run.metric}_best"
     rows = question.chosen()
     found = axes(rows, question.keys, column)
-    controls = [filter_box(address)]
     if len(found) < 2:
-        return Page([note("Nothing differs between the trials yet, or the filter leaves too few.")], controls)
+        return Page([note("Nothing differs between the trials yet, or the filter leaves too few.")])
     brush = read_brush(address)
     inside = [row for row in rows if _is_inside(row, found, brush)]
     figure = build_figure(
@@ -138,9 +138,12 @@ def build(question: Question) -> Page:
         shapes=[
             {"type": "line", "x0": place, "x1": place, "y0": 0, "y1": 1, "line": {"width": 1, "color": _GREY}}
             for place in range(len(found))
-        ],
+        ]
+        + _marks(found, brush),
         dragmode="select",
-        selectdirection="v",
+        selectdirection="d",  # along one axis: else what was dragged over is as wide as the figure
+        selections=[],
+        selectionrevision=address.query.get("brush", ""),
         showlegend=True,
         legend={"orientation": "h", "y": -0.05},
         key=address.run,
@@ -161,7 +164,7 @@ def build(question: Question) -> Page:
                 "Kept", note(limits), table(["trial", *(axis.title for axis in found)], cells, "Trials kept")
             )
         )
-    return Page(live, controls)
+    return Page(live)
 
 
 def axes(rows: Sequence[Row], keys: Sequence[str], column: str) -> list[Axis]:
@@ -237,7 +240,7 @@ def _trace(
         for place, axis in enumerate(found):
             x.append(place)
             y.append(axis.place(row.get(axis.name)))
-            trials.append(row["trial_id"])
+            trials.append(plain(row["trial_id"]))
         x.append(None)
         y.append(None)
         trials.append("")
@@ -245,6 +248,24 @@ def _trace(
         "type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "text": trials, "opacity": opacity,
         "line": {"color": color, "width": 1.2}, "hovertemplate": "%{text}<extra></extra>",
     }  # fmt: skip
+
+
+def _marks(found: Sequence[Axis], brush: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return what shows on the axes which parts of them were kept."""
+    marks = []
+    for place, axis in enumerate(found):
+        limits = brush.get(axis.name, ())
+        if axis.values is not None:
+            values: list[Any] = [value for value in limits if value in axis.values]
+        else:
+            numbers = [value for value in limits if _is_number(value) and math.isfinite(value)]
+            values = [min(max(value, axis.lowest), axis.highest) for value in numbers]
+        shares = [share for value in values if (share := axis.place(value)) is not None]
+        if shares:
+            low, high = max(0.0, min(shares) - 0.01), min(1.0, max(shares) + 0.01)
+            line = {"width": 5, "color": COLORS[0]}
+            marks.append({"type": "line", "x0": place, "x1": place, "y0": low, "y1": high, "line": line})
+    return marks
 
 
 def _labels(found: Sequence[Axis]) -> dict[str, Any]:

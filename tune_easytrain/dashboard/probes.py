@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dash import html
 
 from tune_easytrain.byte_size import format_bytes
-from tune_easytrain.dashboard.elements import Element, filter_box, graph, meter, note, table, text, trial_link
+from tune_easytrain.dashboard.elements import Element, graph, meter, note, table, text, trial_link
 from tune_easytrain.dashboard.figure import COLORS, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import shown
@@ -35,10 +35,7 @@ def build(question: Question) -> Page:
     # One probe of each kind is enough to see; trials that took over its result only confirmed it.
     own = [(record, probe) for record, probe in probed if not probe.cached] or probed
     if not own:
-        return Page(
-            [note("No probe is over yet, or the filter leaves no trial that had one.")],
-            [filter_box(question.address)],
-        )
+        return Page([note("No probe is over yet, or the filter leaves no trial that had one.")])
     key = next(iter(question.keys), "")
     names = {record.trial_id: shown(chosen[record.trial_id].get(key)) if key else "" for record, _ in own}
     cells = [
@@ -61,7 +58,7 @@ def build(question: Question) -> Page:
     live = [_graph(own[:_MOST_PROBES], names), table(headings, cells, "Probes")]
     if len(own) > _MOST_PROBES:
         live.append(note(f"The first {_MOST_PROBES} of {len(own)} probes; a filter shows others."))
-    return Page(live, [filter_box(question.address)])
+    return Page(live)
 
 
 def attempts(probe: Probed) -> html.Ul:

@@ -46,25 +46,21 @@ def build(question: Question) -> Page:
     if record is None or row is None:
         return Page([note(f"There is no trial {address.trial} in this sweep.")])
     metric = question.asked("metric", metrics_of(question))
+    metrics = [(name, name) for name in metrics_of(question)]
+    others = html.Ul([html.Li(item) for item in _neighbours(question)])
     live = [
+        html.Nav(others, className="choice", **aria(label="Other trials")),
         html.H2([address.trial, " ", state(record.state.value)]),
         *_error(record),
         facts(_facts(question, record, row)),
+        choice("Metric", metrics, metric, address, "metric"),
         *_curves(record, metric),
         *_probe(record),
         section("Log", *_log(question, record)),
         section("Checkpoints", _checkpoints(question, record)),
         section("Config", _config(record)),
     ]
-    others = [
-        html.Nav(
-            html.Ul([html.Li(item) for item in _neighbours(question)]),
-            className="choice",
-            **aria(label="Other trials"),
-        )
-    ]
-    metrics = [(name, name) for name in metrics_of(question)]
-    return Page(live, [*others, choice("Metric", metrics, metric, address, "metric")])
+    return Page(live)
 
 
 def _neighbours(question: Question) -> list[Element]:

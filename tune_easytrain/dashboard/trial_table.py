@@ -64,8 +64,12 @@ def build(question: Question) -> Page:
     ]
     if not rows:
         live.append(note("No trial is like that."))
-    search = box("search", "Search", address.query.get("search", ""), "words of any cell")
-    return Page(live, [html.Div([search, filter_box(address)], className="boxes")])
+    return Page(live)
+
+
+def boxes(address: Address) -> list[Element]:
+    """Return what there is to type in."""
+    return [box("search", "Search", address, "words of any cell"), filter_box(address)]
 
 
 def _heading(name: str, words: str, by: str, address: Address, best: str, mode: str) -> Element:

@@ -1,7 +1,8 @@
 """What the package must not contain, and what strangers' files and trials must not do to who reads them.
 
 Of the other tests of security, `test_ownership.py` has whose code is run, `test_credentials.py` secrets,
-`test_plain_text.py` names, `test_cluster_files.py` clusters, and `integration/test_security_on_ray.py` ports.
+`test_plain_text.py` names, `test_cluster_files.py` clusters, `integration/test_security_on_ray.py` ports, and
+`dashboard/test_server.py` who may look at the dashboard.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ def faults_of(tree: ast.AST, may_unpickle: bool) -> Iterator[str]:
             yield f"{name} with a shell"
         if given.get("allow_pickle", "False") != "False":
             yield f"{name} with allow_pickle"
+        if given.get("debug") == "True" or function == "enable_dev_tools":
+            yield f"{name} with a debugger that runs what a page sends"
+        if any(keyword.startswith("dangerously_allow") for keyword in given if keyword):
+            yield f"{name} with text that a browser obeys"
         if given.get("verify") == "False":
             yield f"{name} without looking at certificates"
         if (
@@ -101,7 +106,8 @@ def test_modules_that_may_unpickle_do() -> None:
         "torch.load(path, weights_only=False)", "pickle.loads(b)", "cloudpickle.load(f)",
         "pickle.Unpickler(f)", "subprocess.run('x', shell=True)", "np.load(path, allow_pickle=True)",
         "archive.extractall(folder)", "TCPStore('0.0.0.0', 0)", "listening.bind(('', 0))",
-        "requests.get(url, verify=False)",
+        "requests.get(url, verify=False)", "app.run(debug=True)", "app.enable_dev_tools()",
+        "dcc.Markdown(text, dangerously_allow_html=True)",
         "yaml.compose(text, Loader=yaml.Loader)",
     ],
 )  # fmt: skip

@@ -120,6 +120,17 @@ def test_set_overrides_the_file(ask: Ask, nine: Path) -> None:
     assert {trial["effective_batch_size"] for trial in trials} == {32}
 
 
+def test_quick_is_what_the_file_says_it_is(ask: Ask, nine: Path) -> None:
+    assert (ask("plan", nine, "--quick").code, ask("validate", nine, "--quick").code) == (2, 2)
+    nine.write_text(nine.read_text() + "quick: {train.epochs: 2, batch.effective_batch_size: 32}\n")
+    out = ask("plan", nine, "--quick").out
+    assert out.startswith("Quick trial: train.epochs=2, batch.effective_batch_size=32.\n")
+    trials = json.loads(ask("plan", nine, "--quick", "--set", "train.epochs=3", "--json").out)
+    assert [trial["config"]["train"]["epochs"] for trial in trials] == [3] * 9
+    assert {trial["effective_batch_size"] for trial in trials} == {32}
+    assert "Quick" not in ask("plan", nine).out
+
+
 def test_trials_that_differ_in_batch_size_are_warned_of(ask: Ask, nine: Path) -> None:
     out = ask("plan", nine, "--set", "batch={}").out
     assert "trials differ in effective batch size: 16 … 128" in out

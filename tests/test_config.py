@@ -379,6 +379,7 @@ def test_the_defaults(tmp_path: Path) -> None:
             "working_dir": None,
             "loggers": [],
         },
+        "quick": {},
     }
 
 
@@ -556,6 +557,65 @@ def test_faults_of_overrides_name_their_source(
     assert (fault.source, fault.line, fault.path) == ("--set", None, path)
     assert problem in fault.problem
     assert fault.remedy
+
+
+QUICK = (
+    SIZE
+    + """\
+train: {epochs: 30}
+quick:
+  train.epochs: 2
+  config.data.share: 0.1
+  grid_search.grid.model.type: [small]
+"""
+)
+
+
+def test_quick_values_come_in_place_of_the_files_and_before_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, QUICK)
+    whole, quick = load_config(path), load_config(path, quick=True)
+    assert (whole.train.epochs, whole.config, whole.grid_search.grid, whole.is_quick) == (30, {}, {}, False)
+    assert (quick.train.epochs, quick.config, quick.is_quick) == (2, {"data": {"share": 0.1}}, True)
+    assert quick.grid_search.grid == {"model.type": ("small",)}
+    assert load_config(path, quick=True, overrides=["train.epochs=5"]).train.epochs == 5
+    assert load_config(quick.resolved()) == quick  # as a run directory has it
+
+
+def test_quick_needs_a_section(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say what a quick trial is; add a section such as quick:"):
+        load_config(write(tmp_path, SIZE), quick=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_quick", "path", "problem"),
+    [
+        ("train..epochs: 2", False, "quick.train..epochs", "'train..epochs' is no key"),
+        ("train..epochs: 2", True, "quick.train..epochs", "'train..epochs' is no key"),
+        ("quick.name: x", False, "quick.quick.name", "'quick.name' is no key"),
+        ("train.epoch: 2", True, "train.epoch", "unknown key 'epoch'"),
+        ("train.epochs: x", True, "train.epochs", "'x' is a string"),
+        ("train.epochs.x: 2", True, "quick.train.epochs.x", "train.epochs is not a mapping"),
+    ],
+)
+def test_faults_of_quick_values_name_their_line(
+    tmp_path: Path, key: str, is_quick: bool, path: str, problem: str
+) -> None:
+    file = write(tmp_path, SIZE + f"train: {{epochs: 1}}\nquick:\n  {key}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, quick=is_quick)
+    (fault,) = caught.value.faults
+    assert (fault.path, str(fault).startswith(f"{file}:4: ")) == (path, True)
+    assert problem in fault.problem
+    assert fault.remedy
+
+
+@pytest.mark.parametrize("section", ["3", "[train.epochs]"])
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_a_quick_section_is_a_mapping(tmp_path: Path, section: str, is_quick: bool) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, SIZE + f"quick: {section}\n"), quick=is_quick)
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.line) == ("quick", 2)
 
 
 @pytest.mark.parametrize(

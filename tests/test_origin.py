@@ -55,6 +55,17 @@ def test_where_nothing_has_changed_nothing_is_said(tmp_path: Path) -> None:
     assert project.changes() == []
 
 
+def test_a_quick_trial_is_compared_with_what_is_quick_now(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.sweep_file.write_text(SWEEP + "quick: {train.epochs: 1}\n")
+    config = load_config(project.sweep_file, quick=True)
+    project.sweep = json.loads(json.dumps(config.resolved()))
+    Origin.of(config).save(project.stored)
+    assert project.changes() == []
+    project.edit("{train.epochs: 1}", "{train.epochs: 5}")
+    assert "  train.epochs: 1 is now 5" in project.changes()
+
+
 def test_every_key_that_has_changed_is_told_with_both_values(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.edit("root: /data", "root: /mnt")

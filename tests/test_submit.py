@@ -97,6 +97,8 @@ def test_a_resumed_job_has_the_run_directory_as_it_was_given(run_dir: str) -> No
 def test_a_storage_of_the_clusters_own_is_left_alone() -> None:
     command = run_entrypoint(PurePosixPath("toy.yaml"), [], None, keep_results=False)
     assert command == "python -m tune_easytrain run toy.yaml --address auto"
+    command = run_entrypoint(PurePosixPath("toy.yaml"), [], None, quick=True, keep_results=False)
+    assert command == "python -m tune_easytrain run toy.yaml --address auto --quick"
 
 
 @pytest.mark.parametrize("marked_by", [".git", "pyproject.toml", "nothing"])
@@ -179,7 +181,7 @@ def test_a_folder_too_big_is_refused_before_it_is_packed(project: Path) -> None:
 
 
 def test_resume_takes_no_new_values(project: Path) -> None:
-    for options in ({"overrides": ["train.epochs=3"]}, {"max_experiments": 1}):
+    for options in ({"overrides": ["train.epochs=3"]}, {"max_experiments": 1}, {"quick": True}):
         assert "--resume goes on with the sweep as it was" in refusal(
             project / "sweeps/toy.yaml", resume="/runs/toy", **options
         )

@@ -18,7 +18,16 @@ import typer
 from rich.console import Console
 
 from tune_easytrain import cli_dashboard, cli_jobs, cli_results
-from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
+from tune_easytrain.cli_options import (
+    AsJson,
+    File,
+    MaxExperiments,
+    Overrides,
+    Quick,
+    print_table,
+    to_err,
+    to_out,
+)
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 from tune_easytrain.plain_text import printable
 
@@ -65,9 +74,9 @@ def main() -> NoReturn:
 
 
 @app.command(epilog="Example:  tune-easytrain validate configs/ucf101_demo.yaml")
-def validate(file: File, overrides: Overrides = None) -> None:
+def validate(file: File, overrides: Overrides = None, quick: Quick = False) -> None:
     """Check a sweep file: its keys and values, its task, and that every model it names can be built."""
-    config = _load(file, overrides)
+    config = _load(file, overrides, quick)
     from tune_easytrain.optional_packages import check_packages
     from tune_easytrain.search_space import num_trials
     from tune_easytrain.task_source import load_sweep_functions
@@ -75,13 +84,15 @@ def validate(file: File, overrides: Overrides = None) -> None:
     check_packages(config)
     task, _ = load_sweep_functions(config)
     num_models = 0 if task is None else _check_models(config, task)
-    to_out(f"{file}: valid; {num_trials(config)} trials, {num_models} distinct models")
+    what = f"{file} --quick" if quick else str(file)
+    to_out(f"{what}: valid; {num_trials(config)} trials, {num_models} distinct models")
 
 
 @app.command(epilog="Example:  tune-easytrain plan configs/ucf101_video_grid.yaml --hours-per-trial 2")
 def plan(
     file: File,
     overrides: Overrides = None,
+    quick: Quick = False,
     max_experiments: MaxExperiments = None,
     hours_per_trial: Annotated[
         float | None, typer.Option(min=0, help="Hours one trial takes, to add up the whole sweep.")
@@ -110,7 +121,7 @@ def plan(
 
     accelerator = chosen_accelerator(device, memory)
     _check_pair_options(accelerator, write_pairs, power_of_two, as_json)
-    config = _load(file, overrides)
+    config = _load(file, overrides, quick)
     sweep_plan = build_plan(config, max_experiments)
     memory_plan = None if accelerator is None else _memory_plan(config, accelerator, max_experiments)
     if write_pairs and memory_plan is not None:
@@ -131,10 +142,11 @@ def probe(
     file: File,
     trial: Annotated[int, typer.Option(help="The trial's number, as `plan` shows it.", show_default=False)],
     overrides: Overrides = None,
+    quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
     """Find one trial's largest micro-batch on this machine, and compare it with the estimate."""
-    config = _load(file, overrides)
+    config = _load(file, overrides, quick)
     from tune_easytrain.trial_probe import probe_trial
 
     try:
@@ -159,6 +171,7 @@ def probe(
 def run(
     file: File,
     overrides: Overrides = None,
+    quick: Quick = False,
     address: Address = "local",
     max_experiments: MaxExperiments = None,
     debug: Annotated[
@@ -168,7 +181,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep and print its results; progress goes to standard error."""
-    config = _load(file, overrides)
+    config = _load(file, overrides, quick)
     from tune_easytrain import sweep
 
     results = sweep.run(
@@ -200,10 +213,10 @@ cli_dashboard.add_commands(app)
 cli_jobs.add_commands(app)
 
 
-def _load(file: Path, overrides: list[str] | None) -> SweepConfig:
+def _load(file: Path, overrides: list[str] | None, quick: bool) -> SweepConfig:
     from tune_easytrain.config import load_config
 
-    return load_config(file, overrides=overrides or [])
+    return load_config(file, overrides=overrides or [], quick=quick)
 
 
 def _check_pair_options(

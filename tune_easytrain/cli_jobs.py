@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tune_easytrain.cli_options import AsJson, File, MaxExperiments, Overrides, print_table, to_err, to_out
+from tune_easytrain.cli_options import (
+    AsJson,
+    File,
+    MaxExperiments,
+    Overrides,
+    Quick,
+    print_table,
+    to_err,
+    to_out,
+)
 from tune_easytrain.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -39,6 +48,7 @@ def submit(
     file: File,
     address: Address = None,
     overrides: Overrides = None,
+    quick: Quick = False,
     max_experiments: MaxExperiments = None,
     resume: Annotated[
         str | None,
@@ -73,6 +83,7 @@ def submit(
         file,
         address=address,
         overrides=overrides or [],
+        quick=quick,
         max_experiments=max_experiments,
         resume=resume,
         working_dir=working_dir,

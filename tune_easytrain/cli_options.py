@@ -25,6 +25,9 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the file; may be given several times."
     ),
 ]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Put the values of the file's section `quick` in place, before --set.")
+]
 MaxExperiments = Annotated[
     int | None,
     typer.Option(

@@ -15,7 +15,7 @@ from tune_easytrain.config_checks import sweep_issues
 from tune_easytrain.config_issues import Issue, fail, fail_with, issues_of, kind_of
 from tune_easytrain.errors import ConfigError, Fault
 from tune_easytrain.grid import GridSearchConfig, batch_size_issues, user_value_issues
-from tune_easytrain.overrides import apply_overrides
+from tune_easytrain.overrides import apply_overrides, apply_quick, is_key
 from tune_easytrain.section import Section
 from tune_easytrain.sections import (
     BatchConfig,
@@ -77,8 +77,12 @@ class SweepConfig(Section):
     run: RunConfig = RunConfig()
     """How the sweep as a whole is run."""
 
+    quick: dict[str, Any] = Field(default_factory=dict)
+    """Values by dotted key that `--quick` puts in place of the file's, for a trial of the sweep itself."""
+
     _source_path: Path | None = PrivateAttr(default=None)
     _overrides: tuple[str, ...] = PrivateAttr(default=())
+    _is_quick: bool = PrivateAttr(default=False)
 
     @property
     def source_path(self) -> Path | None:
@@ -89,6 +93,11 @@ class SweepConfig(Section):
     def overrides(self) -> tuple[str, ...]:
         """The `key=value` strings that replaced or added values when it was loaded."""
         return self._overrides
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the values of `quick` are in place."""
+        return self._is_quick
 
     @property
     def project_root(self) -> Path:
@@ -127,6 +136,15 @@ class SweepConfig(Section):
             raise fail(f"{value!r} cannot name a run directory", remedy)
         return value
 
+    @field_validator("quick")
+    @classmethod
+    def _dotted_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        remedy = "write a dotted key as --set takes it, such as train.epochs"
+        issues = [Issue((key,), f"{key!r} is no key to set", remedy) for key in value if not is_key(key)]
+        if issues:
+            raise fail_with(issues)
+        return value
+
     @field_validator("config", mode="before")
     @classmethod
     def _user_values(cls, value: Any) -> Any:
@@ -136,13 +154,14 @@ class SweepConfig(Section):
 
 
 def load_config(
-    path_or_dict: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()
+    path_or_dict: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), quick: bool = False
 ) -> SweepConfig:
     """Read and check a sweep file, or the same content as a dict.
 
     Args:
         path_or_dict: The file, or its content; a dict is copied.
         overrides: `key=value` strings that replace or add values, such as `train.epochs=3`.
+        quick: put the values of the section `quick` in place first.
 
     Raises:
         ConfigError: with every fault of the file, in its order, then those of the overrides.
@@ -150,12 +169,15 @@ def load_config(
     source, faults = read_data(path_or_dict) if isinstance(path_or_dict, Mapping) else read_file(path_or_dict)
     if source.data is None and faults:
         raise ConfigError(faults)
+    quick_faults: list[Fault] = []
+    if quick:
+        source, quick_faults = apply_quick(source)
     source, override_faults = apply_overrides(source, overrides)
     config, issues = _check(source)
-    faults = _in_order(source, faults, issues) + override_faults
+    faults = _in_order(source, faults, issues) + quick_faults + override_faults
     if faults or config is None:
         raise ConfigError(faults)
-    config._overrides = tuple(overrides)
+    config._overrides, config._is_quick = tuple(overrides), quick
     if not isinstance(path_or_dict, Mapping):
         config._source_path = Path(path_or_dict).absolute()
     return config

@@ -24,12 +24,14 @@ class Origin:
     Attributes:
         sweep_file: the sweep file's path; None where the sweep was given as a dict.
         overrides: what `--set` added to it.
+        quick: whether `--quick` did.
         code: SHA-256 of each file that a function of the sweep was loaded from, by path.
     """
 
     sweep_file: str | None
     overrides: Sequence[str]
     code: Mapping[str, str]
+    quick: bool = False
 
     @classmethod
     def of(cls, config: SweepConfig) -> Origin:
@@ -41,7 +43,7 @@ class Origin:
                 with contextlib.suppress(TaskError, OSError):  # a function was given in its place
                     file = find_file(place, key, config.project_root, path.parent).resolve()
                     code[str(file)] = _digest(file)
-        return cls(None if path is None else str(path), config.overrides, code)
+        return cls(None if path is None else str(path), config.overrides, code, config.is_quick)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -52,8 +54,9 @@ class Origin:
         """Read what `save` wrote; what is not there, or damaged, says nothing."""
         try:
             values = json.loads(path.read_text())
-            name = values["sweep_file"]
-            return cls(None if name is None else str(name), list(values["overrides"]), dict(values["code"]))
+            name, quick = values["sweep_file"], values.get("quick") is True
+            code = dict(values["code"])
+            return cls(None if name is None else str(name), list(values["overrides"]), code, quick)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return cls(None, [], {})
 
@@ -66,7 +69,7 @@ class Origin:
         lines = list(self._changes_of_code())
         if self.sweep_file is not None and Path(self.sweep_file).is_file():
             try:
-                now = load_config(self.sweep_file, overrides=self.overrides).resolved()
+                now = load_config(self.sweep_file, overrides=self.overrides, quick=self.quick).resolved()
             except ConfigError:
                 lines.append(f"{self.sweep_file} has changed since the sweep began, and is faulty now")
             else:

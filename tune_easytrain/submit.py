@@ -45,6 +45,7 @@ def submit(
     *,
     address: str | None = None,
     overrides: Sequence[str] = (),
+    quick: bool = False,
     max_experiments: int | None = None,
     resume: str | None = None,
     working_dir: str | Path | None = None,
@@ -62,6 +63,7 @@ def submit(
         address: `http://HEAD:8265`; `auto` is the cluster that this machine is a node of; None takes
             RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
         overrides: `key=value` strings, as `--set` takes them.
+        quick: put the values of the file's section `quick` in place first.
         max_experiments: keep only the first so many trials of the file's order.
         resume: a run directory on the cluster with which to go on, in place of a new one.
         working_dir: the folder that travels; default: the sweep file's project root.
@@ -73,21 +75,23 @@ def submit(
         ConfigError: with every fault of the sweep file.
         BadInputError: the address, the folder (too big, or without what the sweep names), the options.
     """
-    config = load_config(file, overrides=overrides)
+    if resume is not None and (overrides or quick or max_experiments is not None):
+        raise BadInputError(
+            "--resume goes on with the sweep as it was; leave --set, --quick and --max-experiments out"
+        )
+    config = load_config(file, overrides=overrides, quick=quick)
     _refuse_secrets(env or {}, pip)
     if resume is not None and is_url(resume):
         StorageUrl.parse(resume)
-    if resume is not None and (overrides or max_experiments is not None):
-        raise BadInputError(
-            "--resume goes on with the sweep as it was; leave --set and --max-experiments out"
-        )
     folder = Path(os.path.abspath(config.project_root if working_dir is None else working_dir))
     storage = lost_storage(config)
     packed = PackedFolder.scan(folder, leave_out=() if storage is None else (storage,))
     sweep_path = check_packed(config, packed)
     packed.check_size()
     if resume is None:
-        entrypoint = run_entrypoint(sweep_path, overrides, max_experiments, keep_results=storage is not None)
+        entrypoint = run_entrypoint(
+            sweep_path, overrides, max_experiments, quick=quick, keep_results=storage is not None
+        )
     else:
         entrypoint = resume_entrypoint(resume)
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
@@ -167,10 +171,17 @@ def _send(
 
 
 def run_entrypoint(
-    sweep_path: PurePosixPath, overrides: Sequence[str], max_experiments: int | None, *, keep_results: bool
+    sweep_path: PurePosixPath,
+    overrides: Sequence[str],
+    max_experiments: int | None,
+    *,
+    keep_results: bool,
+    quick: bool = False,
 ) -> str:
     """Return the shell command that a job runs; with `keep_results` its storage is the head node's."""
     command = [*_PROGRAM, "run", str(sweep_path), *_JOIN]
+    if quick:
+        command.append("--quick")
     for override in overrides:
         command += ["--set", override]
     if max_experiments is not None:

@@ -56,6 +56,7 @@ def run(
     build_task: BuildTask | None = None,
     *,
     overrides: Sequence[str] = (),
+    quick: bool = False,
     address: str | None = "local",
     max_experiments: int | None = None,
     debug: bool = False,
@@ -68,6 +69,7 @@ def run(
         config_or_path: the sweep file, or its content as a dict.
         build_task: config to Task; takes the place of the file's `task`.
         overrides: `key=value` strings, as `--set` takes them.
+        quick: put the values of the file's section `quick` in place first, as `--quick` does.
         address: `local` starts Ray on this machine for the time of the sweep; None joins the cluster that
             RAY_ADDRESS or this host names, or else starts one; anything else is a cluster's address.
         max_experiments: keep only the first so many trials of the file's order.
@@ -82,7 +84,7 @@ def run(
     """
     config = config_or_path
     if not isinstance(config, SweepConfig):
-        config = load_config(config, overrides=overrides)
+        config = load_config(config, overrides=overrides, quick=quick)
     if debug:  # which draws at random and stops nothing
         check_logger_packages(config)
     else:

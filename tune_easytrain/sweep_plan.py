@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.config import SweepConfig
+from tune_easytrain.config_issues import show_value
 from tune_easytrain.search_space import (
     PairingPlan,
     build_trial_space,
@@ -50,7 +51,8 @@ class SweepPlan:
     it would be if no keys were paired either. `drawn` are the keys whose values distributions give.
 
     Where `search` is not random, it chooses the grid point of every trial, and these three are one number,
-    `max_experiments` aside. `perturbed` are the keys that `scheduler` changes while trials train.
+    `max_experiments` aside. `perturbed` are the keys that `scheduler` changes while trials train. `quick` are
+    the keys that `--quick` has set, each with its value.
     """
 
     pairing: PairingPlan
@@ -64,6 +66,7 @@ class SweepPlan:
     search: str = "random"
     scheduler: str = ""
     perturbed: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
 
     @property
     def trials_saved_percent(self) -> float:
@@ -94,6 +97,7 @@ class SweepPlan:
         if self.search != "random":
             counted = f"{self.search} {', and '.join(self._describe_search())}."
         return [
+            *([f"Quick trial: {', '.join(self.quick)}."] if self.quick else []),
             f"Mode: {self.pairing.mode}. {self.pairing.reason}",
             f"{self.num_trials}{cut} trials; {counted}",
             *self._describe_drawn(),
@@ -148,6 +152,9 @@ def build_plan(config: SweepConfig, max_experiments: int | None = None) -> Sweep
         search=config.run.search,
         scheduler="" if scheduler is None else scheduler.name,
         perturbed=perturbed_keys(config),
+        quick=tuple(f"{key}={show_value(value)}" for key, value in config.quick.items())
+        if config.is_quick
+        else (),
     )
 
 

@@ -37,6 +37,7 @@ memory: {strategy: none, sharding: none, channels_last: false}
 trial: {resources: {cpu: 0.5, gpu: 0.25, custom: {disk: 1.5}, accelerator_type: H100}, num_workers: 1}
 run: {metric: val_loss, mode: min, num_samples: 3, scheduler: {name: asha, grace_period: 1},
 storage: s3://bucket/runs}
+quick: {train.epochs: 1, config.data.share: 0.1, grid_search.grid.model.type: [small]}
 """
 POPULATION = b"""\
 task: toys:build_task

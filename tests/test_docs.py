@@ -10,10 +10,13 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import tomllib
 import typing
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +57,7 @@ PAGES = [*DOCS, "CHANGELOG.md"]
 OPTIONAL_PACKAGES = {
     "docs/accumulation.md": ("lightning_fabric", "accelerate"),
     "docs/loggers.md": ("tensorboard",),
+    "docs/dashboard.md": ("dash",),
 }
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 Check = Callable[[str], None]
@@ -192,6 +196,11 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
         check_ray,
     ),
     "tune-easytrain results --cluster cluster/gpu.yaml": ("needs those machines", check_options),
+    "tune-easytrain dashboard --cluster cluster/gpu.yaml": ("needs those machines", check_options),
+    "tune-easytrain dashboard --cluster cluster/gpu.yaml "
+    "/shared/runs/ucf101_video_grid_2026-11-22_10-00-00": ("needs those machines", check_options),
+    "ssh -L 8300:127.0.0.1:8300 HOST": ("needs another machine", no_check),
+    "pip install 'tune-easytrain[dashboard]'": ("installs", check_pip),
     "ray submit --start --stop cluster/gpu.yaml examples/ucf101.py": ("starts machines on AWS", check_ray),
     "ray submit --start --stop --tmux cluster/gpu.yaml examples/ucf101.py": (
         "starts machines on AWS",
@@ -371,12 +380,30 @@ def run_command(command: str, exit_code: int) -> str:
         done = subprocess.run([*PROGRAMS[program], *arguments], capture_output=True, text=True)
         assert done.returncode == exit_code, f"{command}: exit code {done.returncode}\n{done.stderr}"
         return done.stderr + done.stdout
+    if arguments[0] == "dashboard":
+        return look_at_dashboard(arguments)
     if arguments[0] == "run" and "--debug" not in arguments:
         arguments += ["--set", "run.max_concurrent=1"]  # the start of one actor less
     assert program == "tune-easytrain", f"neither run here nor listed in NOT_RUN: {command}"
     answer = call(arguments)
     assert answer.code == exit_code, f"{command}: exit code {answer.code}\n{answer.err}{answer.out}"
     return answer.err + answer.out
+
+
+def look_at_dashboard(arguments: Sequence[str]) -> str:
+    """Start it, fetch its page by the address that it prints, and end it with Ctrl-C."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tune_easytrain", *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        printed = process.stdout.readline()
+        url = printed.removeprefix("Dashboard: ").replace(socket.gethostname(), "127.0.0.1")
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(url.strip(), timeout=60) as page:
+            assert "<title>tune_easytrain</title>" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    return printed
 
 
 def run_console(block: Block) -> None:

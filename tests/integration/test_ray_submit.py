@@ -15,6 +15,7 @@ import pytest
 import ray
 from lone_hosts import LoneHost, NoHostsError, lone_hosts
 from test_example import SMALL_TRIAL
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = "tune_easytrain_env"
@@ -25,6 +26,7 @@ SMALL = [
 ]
 OVERRIDES = [word for override in SMALL for word in ("--set", f"'{override}'")]
 CLUSTER_FILE = "cluster/onprem.yaml"
+SHOWN_RUNS = ROOT / "tests" / "shown_runs.py"
 
 
 class Laptop:
@@ -124,13 +126,15 @@ def replace(path: Path, values: dict[str, str]) -> None:
     path.write_text(text)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_ray_up_submit_and_down(hosts: list[LoneHost], tmp_path: Path) -> None:
     head, _ = hosts
     laptop = prepare(hosts, tmp_path)
     laptop.run("ray", "up", "--yes", CLUSTER_FILE)
     check_the_sweep_outlives_the_connection(laptop)
     check_its_frame_comes_home(laptop)
+    check_the_dashboard_is_forwarded(laptop, head)
+    check_a_broken_connection_leaves_no_dashboard(laptop, head)
     check_without_the_token_nothing_is_told(head)
     assert head.processes("raylet")
     laptop.run("ray", "down", "--yes", CLUSTER_FILE)
@@ -185,6 +189,50 @@ def check_its_frame_comes_home(laptop: Laptop) -> None:
     assert row["state"] == "finished"
     assert row["effective_batch_size"] == 10
     assert row["optimizer_steps"] == 4
+
+
+class Showing:
+    """`tune-easytrain dashboard --cluster` on the laptop, once it has told its address."""
+
+    def __init__(self, laptop: Laptop) -> None:
+        self._laptop = laptop
+        self.process = laptop.start("tune-easytrain", "dashboard", "--cluster", CLUSTER_FILE)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = re.fullmatch(r"Dashboard: (http://127\.0\.0\.1:\d+)\n", line)
+        assert match is not None, line + self.process.communicate()[0]
+        self.url = match[1]
+
+    def send(self, signal: str) -> None:
+        (pid,) = self._laptop.host.processes("^[^ ]*python[^ ]* [^ ]*tune-easytrain dashboard --cluster")
+        self._laptop.host.run(["kill", f"-{signal}", str(pid)])
+
+
+def check_the_dashboard_is_forwarded(laptop: Laptop, head: LoneHost) -> None:
+    showing = Showing(laptop)
+    python = str(laptop.host.home / ENVIRONMENT / "bin" / "python")
+    shown = laptop.host.run([python, "-c", SHOWN_RUNS.read_text(), showing.url])
+    assert "<title>tune_easytrain</title>" in shown
+    assert re.search(r"ucf101\w*_\d{4}-\d\d-\d\d", shown)
+    assert head.processes("tune-easytrain dashboard")
+    showing.send("TERM")
+    output = showing.process.communicate(timeout=60)[0]
+    assert (showing.process.returncode, output) == (143, "")
+    wait_for(lambda: not head.processes("tune-easytrain dashboard"), "the end of the dashboard", 30)
+    assert not laptop.host.processes("tune-easytrain dashboard")
+
+
+def check_a_broken_connection_leaves_no_dashboard(laptop: Laptop, head: LoneHost) -> None:
+    """Nothing comes through any more, and neither side is told."""
+    showing = Showing(laptop)
+    stopped = [str(pid) for pid in laptop.host.processes("^ssh[ :]")]
+    laptop.host.run(["kill", "-STOP", *stopped])
+    assert head.processes("tune-easytrain dashboard")
+    wait_for(lambda: not head.processes("tune-easytrain dashboard"), "the end of the dashboard", 150)
+    laptop.host.run(["kill", "-CONT", *stopped])
+    output = showing.process.communicate(timeout=60)[0]
+    assert showing.process.returncode == 1, output
+    assert "the connection to the head has ended" in output
 
 
 def check_without_the_token_nothing_is_told(head: LoneHost) -> None:

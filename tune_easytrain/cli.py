@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_easytrain import cli_dashboard, cli_jobs, cli_results
+from tune_easytrain import cli_dashboard, cli_jobs, cli_report, cli_results
 from tune_easytrain.cli_options import (
     AsJson,
     File,
@@ -210,6 +210,7 @@ def resume(
 
 cli_results.add_commands(app)
 cli_dashboard.add_commands(app)
+cli_report.add_commands(app)
 cli_jobs.add_commands(app)
 
 

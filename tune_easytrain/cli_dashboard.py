@@ -77,9 +77,9 @@ def add_commands(app: typer.Typer) -> None:
 def _serve(
     places: list[str], host: str, port: int | None, open_browser: bool | None, patience: float | None
 ) -> int:
-    from tune_easytrain.optional_packages import check_dashboard_packages
+    from tune_easytrain.optional_packages import check_command_packages
 
-    check_dashboard_packages()
+    check_command_packages("dashboard")
     from tune_easytrain.dashboard.app import build_app
     from tune_easytrain.dashboard.server import DashboardServer, listen
 

@@ -1,4 +1,4 @@
-"""Optional packages: what some names in a sweep file, and the dashboard, need beside the package itself."""
+"""Optional packages: what some names in a sweep file, and some commands, need beside the package itself."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ _SEARCHES = {
 }
 _SCHEDULERS = {"pb2": _Need("search", {"sklearn": "scikit-learn"})}
 _LOGGERS = {name: _Need(name, {name: name}) for name in ("tensorboard", "mlflow", "wandb")}
-_DASHBOARD = _Need(
-    "dashboard", {"dash": "dash", "waitress": "waitress", "optuna": "optuna", "sklearn": "scikit-learn"}
-)
+_COMMANDS = {
+    "dashboard": _Need(
+        "dashboard", {"dash": "dash", "waitress": "waitress", "optuna": "optuna", "sklearn": "scikit-learn"}
+    ),
+    "report": _Need("report", {"plotly": "plotly", "scipy": "scipy"}),
+}
 
 
 def check_packages(config: SweepConfig) -> None:
@@ -55,12 +58,13 @@ def check_logger_packages(config: SweepConfig) -> None:
     _require(config, _logger_needs(config))
 
 
-def check_dashboard_packages() -> None:
-    """Raise BadInputError where the dashboard needs a package that is not installed here."""
-    if missing := _DASHBOARD.missing():
+def check_command_packages(command: str) -> None:
+    """Raise BadInputError where `dashboard` or `report` needs a package that is not installed here."""
+    need = _COMMANDS[command]
+    if missing := need.missing():
         raise BadInputError(
-            f"the dashboard needs {' and '.join(missing)}, which this Python does not have; "
-            f"{_install(_DASHBOARD.extra)}"
+            f"the {command} needs {' and '.join(missing)}, which this Python does not have; "
+            f"{_install(need.extra)}"
         )
 
 

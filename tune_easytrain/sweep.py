@@ -22,7 +22,7 @@ from tune_easytrain.events import Created, Event, append_events, load_events
 from tune_easytrain.interruption import Interruption
 from tune_easytrain.loggers import logged
 from tune_easytrain.mirror import Mirror, mirrored
-from tune_easytrain.optional_packages import check_dashboard_packages, check_logger_packages, check_packages
+from tune_easytrain.optional_packages import check_command_packages, check_logger_packages, check_packages
 from tune_easytrain.origin import Origin
 from tune_easytrain.ownership import written_by_nobody_else
 from tune_easytrain.pending_watch import PendingWatch
@@ -90,7 +90,7 @@ def run(
     else:
         check_packages(config)
     if dashboard:
-        check_dashboard_packages()
+        check_command_packages("dashboard")
     console = Console(stderr=True, quiet=quiet)
     storage = Storage.at(config.run.storage)
     if storage.is_remote:
@@ -149,7 +149,7 @@ def resume(
     directory = RunDirectory.open(run_dir)
     directory.require_own()
     if dashboard:
-        check_dashboard_packages()
+        check_command_packages("dashboard")
     console = Console(stderr=True, quiet=quiet)
     with directory.locked(), _dashboard(directory, console, dashboard):
         return _resume(directory, address, console)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from made_runs import epoch, finished, make_run, trial_config
+from made_studies import GIB, NUM_SAMPLES, Trained, make_study
+
+from tune_easytrain.study import build_study
+
+
+def test_trials_that_differ_in_their_seeds_are_one_arm(tmp_path: Path) -> None:
+    trials = [Trained(32, seed, 0.9 + 0.01 * seed) for seed in range(3)] + [Trained(48, 0, 0.8)]
+    study = build_study(make_study(tmp_path, trials))
+    assert [(arm.effective_batch_size, len(arm.values)) for arm in study.arms] == [(32, 3), (48, 1)]
+    arm = study.arms[0]
+    assert arm.mean == pytest.approx(0.91)
+    assert arm.deviation == pytest.approx(0.01)
+    assert math.isnan(study.arms[1].deviation)
+    assert arm.hours == pytest.approx(3 * 1500 / 3600)
+    assert arm.peak_memory_bytes == 16 * GIB
+    assert arm.devices == ("NVIDIA A100",)
+
+
+def test_a_short_last_window_is_a_step_too(tmp_path: Path) -> None:
+    study = build_study(make_study(tmp_path, [Trained(size, 0, 0.9) for size in (24, 32, 48, 64)]))
+    assert {arm.effective_batch_size: arm.steps_per_epoch for arm in study.arms} == {
+        24: 294,
+        32: 221,
+        48: 147,
+        64: 111,
+    }
+    assert {arm.num_samples for arm in study.arms} == {NUM_SAMPLES}
+
+
+def test_accumulation_is_an_arm_of_its_own(tmp_path: Path) -> None:
+    study = build_study(make_study(tmp_path, [Trained(64, 0, 0.9), Trained(64, 0, 0.8, limit=32)]))
+    assert [arm.batch_name for arm in study.arms] == ["E = 64", "E = 64 as 2 × 32"]
+    assert [arm.is_accumulated for arm in study.arms] == [False, True]
+
+
+def test_models_are_told_apart_also_where_the_batch_size_goes_with_them(tmp_path: Path) -> None:
+    trials = [Trained(32, 0, 0.9, model="swin_t"), Trained(64, 0, 0.8, model="swin_b")]
+    study = build_study(make_study(tmp_path, trials))
+    assert study.setting_keys == ("model.type",)
+    assert [arm.name for arm in study.arms] == ["swin_t, E = 32", "swin_b, E = 64"]
+
+
+def test_what_is_paired_with_the_batch_size_is_no_setting(tmp_path: Path) -> None:
+    rates = {32: 5e-6, 48: 6.1e-6}
+    trials = [
+        Trained(size, 0, 0.9, model=model, rate=rate)
+        for model in ("swin_t", "swin_b")
+        for size, rate in rates.items()
+    ]
+    study = build_study(make_study(tmp_path, trials))
+    assert study.setting_keys == ("model.type",)
+    assert [dict(arm.settled) for arm in study.arms] == [
+        {"hp.learning_rate": rate} for rate in rates.values()
+    ] * 2
+    crossed = [*trials, Trained(32, 0, 0.9, model="swin_t", rate=1e-5)]
+    assert build_study(make_study(tmp_path, crossed)).setting_keys == ("model.type", "hp.learning_rate")
+
+
+def test_what_has_not_been_measured_is_an_arm_without_values(tmp_path: Path) -> None:
+    trials = [
+        Trained(32, 0, 0.9),
+        Trained(64, 0, 0.0, error="KeyError: 'x'"),
+        Trained(128, 0, 0.0, is_over=False),
+    ]
+    study = build_study(make_study(tmp_path, trials))
+    _, failed, pending = study.arms
+    assert (failed.values, dict(failed.failures), failed.num_unfinished) == (
+        [],
+        {"trial_00001": "KeyError: 'x'"},
+        0,
+    )
+    assert (pending.values, pending.effective_batch_size, pending.num_unfinished) == ([], 128, 1)
+    assert math.isnan(pending.mean)
+    assert math.isnan(pending.hours)
+    assert study.measured == [study.arms[0]]
+
+
+def test_the_time_to_a_target_is_that_of_the_epoch_that_reached_it(tmp_path: Path) -> None:
+    (arm,) = build_study(make_study(tmp_path, [Trained(32, 0, 0.9)], num_epochs=4)).arms
+    # 0.825, 0.875, 0.8917 and 0.9 after epochs of 1500 s.
+    assert arm.hours_to(0.87, "max") == [pytest.approx(3000 / 3600)]
+    assert arm.hours_to(0.95, "max") == [None]
+    assert arm.hours_to(0.83, "min") == [pytest.approx(1500 / 3600)]
+
+
+def test_a_sweep_without_trials_is_a_study_without_arms(tmp_path: Path) -> None:
+    assert build_study(make_run(tmp_path, [])).arms == ()
+
+
+def test_a_sweep_of_one_batch_size_alone_is_shown_too(tmp_path: Path) -> None:
+    study = build_study(
+        make_run(tmp_path, [finished(epoch(1, 0.5)), finished(epoch(1, 0.6), config=trial_config("large"))])
+    )
+    assert [arm.name for arm in study.arms] == ["small, E = 8 as 2 × 4", "large, E = 8 as 2 × 4"]

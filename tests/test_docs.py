@@ -201,6 +201,7 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
     "/shared/runs/ucf101_video_grid_2026-11-22_10-00-00": ("needs those machines", check_options),
     "ssh -L 8300:127.0.0.1:8300 HOST": ("needs another machine", no_check),
     "pip install 'tune-easytrain[dashboard]'": ("installs", check_pip),
+    "pip install 'tune-easytrain[report]'": ("installs", check_pip),
     "ray submit --start --stop cluster/gpu.yaml examples/ucf101.py": ("starts machines on AWS", check_ray),
     "ray submit --start --stop --tmux cluster/gpu.yaml examples/ucf101.py": (
         "starts machines on AWS",

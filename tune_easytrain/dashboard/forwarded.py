@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import click
@@ -43,6 +43,7 @@ class ForwardedDashboard:
     def __init__(self, cluster_file: str, connection: subprocess.Popen[str], local_port: int) -> None:
         self._cluster_file = cluster_file
         self._connection = connection
+        self._local_port = local_port
         self._said: deque[str] = deque(maxlen=_LINES_KEPT)
         self.url = f"http://{LOOPBACK}:{local_port}"
 
@@ -61,14 +62,20 @@ class ForwardedDashboard:
     def keep(self) -> TuneEasyTrainError:
         """Let the head know that somebody is here until the connection ends, and return what to tell then."""
         while True:
-            with contextlib.suppress(OSError):  # the connection may come back; if not, ssh ends it
-                urllib.request.urlopen(f"{self.url}{ALIVE_PATH}", timeout=_BEAT_SECONDS).close()
+            with contextlib.suppress(OSError, HTTPException):  # it may come back; if not, ssh ends
+                self._ask()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._connection.wait(_BEAT_SECONDS)
                 return TuneEasyTrainError(
                     f"--cluster {self._cluster_file}: the connection to the head has ended: {self._reason()}"
                     "; give the same command again"
                 )
+
+    def _ask(self) -> None:
+        connection = HTTPConnection(LOOPBACK, self._local_port, timeout=_BEAT_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", ALIVE_PATH)
+            connection.getresponse()
 
     def end(self) -> None:
         """Close the connection, and with it the dashboard on the head."""

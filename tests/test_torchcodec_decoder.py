@@ -283,7 +283,6 @@ def test_without_ffmpeg_the_data_set_is_refused_when_it_is_opened(folder):
         VideoClips(samples, torch.clone, num_frames=4, decoder="torchcodec")
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(HAS_FFMPEG, reason="FFmpeg is on the library path, so all ran here")
 def test_with_pyavs_libraries(tmp_path):
     """The lines of the documentation make PyAV's FFmpeg loadable, and then all of this file passes."""

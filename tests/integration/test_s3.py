@@ -50,7 +50,6 @@ def undisturbed(sweep: dict[str, Any], tmp_path: Path) -> pd.DataFrame:
     return te.run(sweep, quiet=True, debug=True).frame()
 
 
-@pytest.mark.timeout(900)
 def test_a_sweep_whose_machine_is_lost_goes_on_from_its_url_on_another(
     slow_sweep: dict[str, Any], server: S3Server, tmp_path: Path
 ) -> None:
@@ -107,7 +106,6 @@ def test_a_sweep_whose_machine_is_lost_goes_on_from_its_url_on_another(
     assert secret not in said.read_text() + done.stdout + done.stderr
 
 
-@pytest.mark.timeout(900)
 def test_a_store_that_is_away_for_a_while_costs_no_trial_and_no_result(
     slow_sweep: dict[str, Any], server: S3Server, tmp_path: Path, local_ray: None
 ) -> None:

@@ -28,7 +28,6 @@ from tune_easytrain.trial_record import TrialState
 
 pytest.importorskip("aiohttp", reason="a head needs ray[default]")
 
-pytestmark = pytest.mark.timeout(900)  # beside other tests two cores are soon too few
 
 CLI = [sys.executable, "-m", "tune_easytrain"]
 TOKEN = "a" * 40

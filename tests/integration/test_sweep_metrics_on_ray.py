@@ -101,7 +101,6 @@ def dashboard_expressions() -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
-@pytest.mark.timeout(600)
 def test_a_real_prometheus_sees_the_sweep_and_answers_all_that_the_dashboard_asks(
     driver: tuple[subprocess.Popen[str], Path], gated_sweep: dict[str, Any], tmp_path: Path
 ) -> None:

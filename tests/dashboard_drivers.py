@@ -14,24 +14,51 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from listeners import descendants, listeners_of
 from waiting import wait_for
 
-TOYS = Path(__file__).with_name("toys.py")
 SECONDS = 400
 
+_TASK = """
+import time
+from pathlib import Path
 
-def write_sweep(folder: Path, **more: Any) -> Path:
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tune_easytrain import Task
+
+
+def build_task(config):
+    def loss(model, batch):
+        while Path(config["hold"]).exists():
+            time.sleep(0.05)
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    data = TensorDataset(torch.ones(16, 2), torch.ones(16, 1))
+    return Task(
+        model=lambda: nn.Linear(2, 1),
+        loss=loss,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        train_data=lambda: data,
+        val_data=lambda: data,
+    )
+"""
+
+
+def write_sweep(folder: Path) -> Path:
+    """A sweep of one trial, which waits for as long as there is the file `hold` in the folder."""
+    (folder / "task.py").write_text(_TASK)
+    (folder / "hold").touch()
     content = {
-        "name": "toy",
-        "task": f"{TOYS}:build_task",
-        "config": {"data": {"num_samples": 16}, "toy": {"seconds_per_loss": 0.1}},
-        "grid_search": {"grid": {"model.type": ["small"], "hp.learning_rate": [0.1]}},
+        "name": "held",
+        "task": "task.py:build_task",
+        "config": {"hold": str(folder / "hold")},
+        "grid_search": {"grid": {"hp.learning_rate": [0.1]}},
         "batch": {"effective_batch_size": 8, "memory_budget": "512MiB"},
-        "train": {"epochs": 30},
-        **more,
+        "train": {"epochs": 2},
     }
     path = folder / "sweep.yaml"
     path.write_text(json.dumps(content))
@@ -47,6 +74,7 @@ class Driver:
             cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.said = ""
+        self._hold = folder / "hold"
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
@@ -74,6 +102,8 @@ class Driver:
         return pid
 
     def end(self) -> str:
+        """Let the sweep go on to its end, and return all that was said."""
+        self._hold.unlink(missing_ok=True)
         self.process.wait(SECONDS)
         self._thread.join(SECONDS)
         return self.said

@@ -87,7 +87,8 @@ def test_without_its_packages_nothing_is_run(
     tmp_path: Path, debug: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "waitress", None)
-    file = write_sweep(tmp_path, run={"storage": str(tmp_path / "runs")})
+    monkeypatch.chdir(tmp_path)
+    file = write_sweep(tmp_path)
     with pytest.raises(BadInputError, match=r"needs waitress.*'tune-easytrain\[dashboard\]'"):
         sweep.run(file, debug=debug, dashboard=True)
     assert not (tmp_path / "runs").exists()

@@ -50,7 +50,7 @@ from tune_easytrain.yaml_source import read_text
 ROOT = Path(__file__).parents[1]
 DOCS = [
     "README.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
     "CONTRIBUTING.md",
 ]
 PAGES = [*DOCS, "CHANGELOG.md"]
@@ -58,6 +58,7 @@ OPTIONAL_PACKAGES = {
     "docs/accumulation.md": ("lightning_fabric", "accelerate"),
     "docs/loggers.md": ("tensorboard",),
     "docs/dashboard.md": ("dash",),
+    "docs/report.md": ("plotly", "scipy"),
 }
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 Check = Callable[[str], None]
@@ -146,6 +147,8 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
     "make demo": ("installs everything and trains nine models for minutes", check_make),
     "make test": ("this is it", check_make),
     "make lint": ("installs; .ci/run does it", check_make),
+    "make docs": ("installs; .ci/run does it", check_make),
+    "pip install --editable .": ("installs", check_pip),
     "pip install --editable '.[video]'": ("installs", check_pip),
     "pip install --editable '.[torchcodec]'": ("installs", check_pip),
     ".venv/bin/pip install --editable '.[dev]'": ("installs", check_pip),
@@ -472,7 +475,7 @@ class Workspace:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._done: set[str] = set()
-        for name in ("configs", "examples", "cluster", "pyproject.toml"):
+        for name in ("benchmarks", "configs", "examples", "cluster", "pyproject.toml"):
             (path / name).symlink_to(ROOT / name)
 
     def run(self, doc: str) -> None:

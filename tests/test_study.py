@@ -7,6 +7,7 @@ import pytest
 from made_runs import epoch, finished, make_run, trial_config
 from made_studies import GIB, NUM_SAMPLES, Trained, make_study
 
+from tune_easytrain.errors import BadInputError
 from tune_easytrain.study import build_study
 
 
@@ -99,3 +100,25 @@ def test_a_sweep_of_one_batch_size_alone_is_shown_too(tmp_path: Path) -> None:
         make_run(tmp_path, [finished(epoch(1, 0.5)), finished(epoch(1, 0.6), config=trial_config("large"))])
     )
     assert [arm.name for arm in study.arms] == ["small, E = 8 as 2 × 4", "large, E = 8 as 2 × 4"]
+
+
+def test_seeds_that_were_added_later_count_with_the_first(tmp_path: Path) -> None:
+    first = make_study(tmp_path, [Trained(size, 0, 0.9) for size in (32, 48)])
+    later = make_study(tmp_path, [Trained(48, seed, 0.8) for seed in (0, 1)])
+    study = build_study(first, later)
+    assert [(arm.effective_batch_size, arm.values) for arm in study.arms] == [(32, [0.9]), (48, [0.8, 0.8])]
+    assert len(study.places) == 2
+    assert [len(run.epoch_seconds) for run in study.arms[1].runs] == [3, 3]
+    assert [arm.values for arm in build_study(later, later).arms] == [[0.8, 0.8]]  # the same seeds once more
+
+
+def test_another_model_in_a_later_run_is_another_arm(tmp_path: Path) -> None:
+    runs = [make_study(tmp_path, [Trained(32, 0, 0.9, model=model)]) for model in ("swin_t", "swin_b")]
+    assert [arm.name for arm in build_study(*runs).arms] == ["swin_t, E = 32", "swin_b, E = 32"]
+
+
+def test_sweeps_with_other_metrics_are_no_study(tmp_path: Path) -> None:
+    srcc = make_study(tmp_path, [Trained(32, 0, 0.9)])
+    loss = make_study(tmp_path, [Trained(32, 0, 0.9)], run={"metric": "val_loss", "mode": "min"})
+    with pytest.raises(BadInputError, match="val_loss"):
+        build_study(srcc, loss)

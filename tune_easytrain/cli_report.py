@@ -20,7 +20,11 @@ def add_commands(app: typer.Typer) -> None:
 def report(
     run_dir: Annotated[
         str,
-        typer.Argument(help="The run directory of a sweep, running or done, or its URL.", show_default=False),
+        typer.Argument(
+            metavar="RUN_DIR...",
+            help="The run directory of a sweep, running or done, or its URL; several are taken together.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -59,9 +63,9 @@ def report(
     from tune_easytrain.results import load_results
     from tune_easytrain.study import build_study
 
-    results = load_results(run_dir)
-    study = build_study(results)
-    origin = Origin.load(results.run_dir / "origin.json")
+    runs = [load_results(run_dir) for run_dir in run_dirs]
+    study = build_study(*runs)
+    origin = Origin.load(runs[0].run_dir / "origin.json")
     options = ReportOptions(
         allowed_loss=loss, target=target, price=price, sweep_file=origin.sweep_file or "FILE"
     )

@@ -274,7 +274,7 @@ class Report:
         devices = list(dict.fromkeys(name for arm in self.study.arms for name in arm.devices))
         num_failed = sum(len(arm.failures) for arm in self.study.arms)
         yield Paragraph(
-            f"From the run directory {self.study.place}, on {', '.join(devices) or 'no device yet'}. A trial "
+            f"From {' and '.join(self.study.places)}, on {', '.join(devices) or 'no device yet'}. A trial "
             f"counts with its best {self.study.metric} of any epoch, so it was chosen on the data it is told "
             "of: a test set of its own gives the figure for a paper. Means are over seeds, ± is one standard "
             "deviation, intervals are Student's and differences Welch's. Hours are those of training and "

@@ -43,7 +43,7 @@ def _entries(study: Study, sweep_file: str) -> Iterator[tuple[str, str]]:
         else:
             yield (
                 f"{arm.name}: no trial has ended yet.",
-                f"tune-easytrain resume {shlex.quote(study.place)}",
+                "\n".join(f"tune-easytrain resume {shlex.quote(place)}" for place in study.places),
             )
     for arm in study.measured:
         if len(arm.values) < FEWEST_SEEDS:

@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 
 from tune_easytrain.columns import Mode, is_missing
+from tune_easytrain.errors import BadInputError
 from tune_easytrain.frame import as_text
 from tune_easytrain.results import SweepResults
 from tune_easytrain.trial_space import BATCH_SIZE_KEY, EFFECTIVE_BATCH_SIZE_KEY, MODEL_KEY
 
 SEED_KEY = "train.seed"
+_RUN = "number of the run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Study:
 
     Attributes:
         name: the sweep's name.
-        place: the run directory.
+        places: the run directories.
         metric, mode: what trials are judged by.
         arms: every model and batch size there is a trial of.
         setting_keys: the config keys that are compared beside batch sizes.
@@ -161,7 +163,7 @@ class Study:
     """
 
     name: str
-    place: str
+    places: tuple[str, ...]
     metric: str
     mode: Mode
     arms: tuple[Arm, ...]
@@ -185,51 +187,70 @@ class Study:
         return list(found.values())
 
 
-def build_study(results: SweepResults) -> Study:
-    """Return what a sweep's results say, as they stand."""
-    frame, history = results.frame(), results.history()
-    varied = [key for key in map(_column_of(frame), results.varied_keys()) if key in frame]
+def build_study(*runs: SweepResults) -> Study:
+    """Return what the results of a sweep say as they stand, or those of several about the same metric.
+
+    Of trials of an arm that have the same seed the last one counts. Raises BadInputError where the sweeps
+    are judged by different metrics.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if (run.metric, run.mode) != (first.metric, first.mode):
+            raise BadInputError(
+                f"{run.place} is judged by {run.metric} ({run.mode}), {first.place} by {first.metric} "
+                f"({first.mode}); report them on their own"
+            )
+    frame = pd.concat(
+        [run.frame().assign(**{_RUN: number}) for number, run in enumerate(runs)], ignore_index=True
+    )
+    varied = [key for key in _varied_keys(runs, frame) if key in frame]
     others = [key for key in varied if key not in (EFFECTIVE_BATCH_SIZE_KEY, BATCH_SIZE_KEY, SEED_KEY)]
     sizes = _effective_sizes(frame)
     limits = frame[BATCH_SIZE_KEY].tolist() if BATCH_SIZE_KEY in varied else [None] * len(frame)
     settled_keys = [key for key in others if _is_settled(frame, key, sizes)]
     setting_keys = [key for key in others if key not in settled_keys]
-    curves = {str(name): rows for name, rows in history.groupby("trial_id", sort=False)}
+    curves = {
+        (number, str(name)): rows
+        for number, run in enumerate(runs)
+        for name, rows in run.history().groupby("trial_id", sort=False)
+    }
     groups: dict[str, list[int]] = {}
     for row in range(len(frame)):
         setting = {key: _plain(frame[key].iloc[row]) for key in setting_keys}
         groups.setdefault(as_text([setting, sizes[row], _plain(limits[row])]), []).append(row)
     arms = [
         _arm(
-            frame.iloc[rows],
-            sizes[rows[0]],
-            _plain(limits[rows[0]]),
-            setting_keys,
-            settled_keys,
-            curves,
-            results,
+            frame.iloc[rows], sizes[rows[0]], _plain(limits[rows[0]]), setting_keys, settled_keys, curves,
+            first.metric,
         )
         for rows in groups.values()
-    ]
-    sweep = results.sweep()
+    ]  # fmt: skip
     return Study(
-        name=str(sweep.get("name", "")),
-        place=results.place,
-        metric=results.metric,
-        mode=results.mode,
+        name=str(first.sweep().get("name", "")),
+        places=tuple(run.place for run in runs),
+        metric=first.metric,
+        mode=first.mode,
         arms=tuple(arms),
         setting_keys=tuple(setting_keys),
-        sweep=sweep,
+        sweep=first.sweep(),
     )
+
+
+def _varied_keys(runs: Sequence[SweepResults], frame: pd.DataFrame) -> list[str]:
+    """Return the columns of the keys that differ within a run's grid, or between the runs' grids."""
+    keys = dict.fromkeys(key for run in runs for key in run.varied_keys())
+    if len(runs) > 1:
+        for run in runs:
+            grid = run.sweep()["grid_search"]["grid"]
+            keys |= dict.fromkeys(
+                key for key in grid if key in frame and frame[key].astype(str).nunique() > 1
+            )
+    return [f"config.{key}" if f"config.{key}" in frame else key for key in keys]
 
 
 def text_of(value: Any) -> str:
     """Return a config's value as people read it."""
     return value if isinstance(value, str) else "" if value is None else as_text(value)
-
-
-def _column_of(frame: pd.DataFrame) -> Any:
-    return lambda key: f"config.{key}" if f"config.{key}" in frame else key
 
 
 def _effective_sizes(frame: pd.DataFrame) -> list[int | None]:
@@ -263,13 +284,14 @@ def _arm(
     limit: Any,
     setting_keys: Sequence[str],
     settled_keys: Sequence[str],
-    curves: Mapping[str, pd.DataFrame],
-    results: SweepResults,
+    curves: Mapping[tuple[int, str], pd.DataFrame],
+    metric: str,
 ) -> Arm:
-    done = rows[rows["state"].isin(["finished", "stopped"]) & rows[f"{results.metric}_best"].notna()]
+    done = rows[rows["state"].isin(["finished", "stopped"]) & rows[f"{metric}_best"].notna()]
+    done = done[~done[SEED_KEY].duplicated(keep="last") | done[SEED_KEY].isna()]
     failed = rows[rows["state"] == "failed"]
     ended = rows["state"].isin(["finished", "stopped", "failed"])
-    runs = [_run(row, curves.get(str(row["trial_id"])), results.metric) for _, row in done.iterrows()]
+    runs = [_run(row, curves.get((row[_RUN], str(row["trial_id"]))), metric) for _, row in done.iterrows()]
     steps, epochs = done["optimizer_steps"].dropna(), done["epochs"].dropna()
     samples = done["num_samples"].dropna()
     return Arm(

@@ -18,8 +18,8 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def report(
-    run_dir: Annotated[
-        str,
+    run_dirs: Annotated[
+        list[str],
         typer.Argument(
             metavar="RUN_DIR...",
             help="The run directory of a sweep, running or done, or its URL; several are taken together.",

@@ -23,7 +23,7 @@ from playwright.sync_api import (
 )
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE_MILLISECONDS = 15_000
+PATIENCE_MILLISECONDS = 60_000
 
 _TABLE = """table => ({
     headings: [...table.tHead.rows[0].cells].map(cell => cell.innerText),

@@ -482,6 +482,8 @@ def test_parallel_coordinates_keep_the_trials_that_are_dragged_over(tab: Tab, fr
     expect(tab.live.locator("figcaption")).to_contain_text(f"{len(kept)} of {len(frame)} trials")
     best = kept.nlargest(15, "val_accuracy_best")
     assert [row["trial"] for row in tab.table("Trials kept")] == list(best["trial_id"])
+    shown = tab.table("Trials kept")
+    assert all(map(close, [row["peak memory (GiB)"] for row in shown], best["peak_memory_bytes"] / GIB))
     drag_along_axis(tab, 0, -0.05, 0.05)  # the first model on the axis of words
     both = kept[kept["model.type"] == "tiny"]
     assert 0 < len(both) < len(kept)

@@ -41,7 +41,7 @@ def build(question: Question) -> Page:
     other = question.runs.open(name)
     assert other is not None
     other.poll()
-    frame = select(compare(run, other), address.query.get("where") or None)
+    frame = select(compare(run, other), address.query.get("rows") or None)
     found = frame["found_in"].tolist()
     both, only_a, only_b = (found.count(which) for which in ("both", "a", "b"))
     told = f"a is {run.name}, b is {name}. Trials: {both} in both, {only_a} in a alone, {only_b} in b alone."
@@ -50,7 +50,7 @@ def build(question: Question) -> Page:
 
 def boxes(address: Address) -> list[Element]:
     """Return what there is to type in."""
-    return [box("where", "Only rows with", address, "found_in == both")]
+    return [box("rows", "Only rows with", address, "found_in == both")]
 
 
 def version(question: Question) -> int:
@@ -74,7 +74,7 @@ def _table(frame: pd.DataFrame, run: LiveRun, other: str, address: Address) -> E
     cells = [
         [
             *(text(shown(_known(row[key]))) for key in keys),
-            _linked(row["trial_id_a"], address.view_of("trial", str(row["trial_id_a"]), where="")),
+            _linked(row["trial_id_a"], address.view_of("trial", str(row["trial_id_a"]))),
             _linked(row["trial_id_b"], Address(other, "trial", str(row["trial_id_b"]))),
             *(shown(_known(row[name])) for name in numbers),
         ]

@@ -75,6 +75,11 @@ class Axis:
             self._scaled(self.highest) - self._scaled(self.lowest)
         )
 
+    def told(self, value: Any) -> str:
+        """Return a value as people read it, in the unit of the title."""
+        unit = _UNITS.get(self.name)
+        return shown(value if unit is None or value is None else value / unit)
+
     def labels(self) -> list[tuple[float, str]]:
         """Return places with the text that stands there."""
         if self.values is not None:
@@ -155,7 +160,7 @@ def build(question: Question) -> Page:
         live.append(link("All trials again", address.asking(brush="")))
         ranked = sorted_rows(inside, f"-{column}" if run.mode == "max" else column)[:_MOST_ROWS]
         cells = [
-            [trial_link(row["trial_id"], address), *(text(shown(row.get(axis.name))) for axis in found)]
+            [trial_link(row["trial_id"], address), *(text(axis.told(row.get(axis.name))) for axis in found)]
             for row in ranked
         ]
         limits = "; ".join(f"{name}: {_told(limit)}" for name, limit in brush.items())

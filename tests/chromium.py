@@ -26,7 +26,7 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PATIENCE_MILLISECONDS = 60_000
 
 _TABLE = """table => ({
-    headings: [...table.tHead.rows[0].cells].map(cell => cell.innerText),
+    headings: [...table.tHead.rows[0].cells].map(cell => cell.innerText.replace(/ [↑↓]$/, "")),
     rows: [...table.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.innerText)),
 })"""
 _FIGURE = """graph => graph.data.map(trace => ({

@@ -9,7 +9,7 @@ DEMO_DATA := $(CURDIR)/data/ucf101_demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help: ## Show what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
@@ -27,11 +27,14 @@ lint: $(VENV)/.installed-dev ## Check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs ## Build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: $(VENV)/.installed-demo ## Measure the overhead of a trial on this machine
 	$(BIN)/python benchmarks/trial_overhead.py
 
 clean: ## Remove the virtual environment and what was made
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) build data runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

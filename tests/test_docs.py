@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -59,6 +60,7 @@ OPTIONAL_PACKAGES = {
     "docs/loggers.md": ("tensorboard",),
     "docs/dashboard.md": ("dash",),
     "docs/report.md": ("plotly", "scipy"),
+    "docs/comparison.md": ("accelerate", "optuna"),
 }
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 Check = Callable[[str], None]
@@ -785,6 +787,152 @@ def test_the_costs_of_a_trial_are_what_was_measured() -> None:
 def test_the_keys_of_a_planned_trial_are_the_codes() -> None:
     (trial,) = make_plan(make_sweep(["small"])).trials
     assert [code(key) for key, _ in table_below("docs/memory.md", "## For scripts")] == list(trial.as_json())
+
+
+def test_the_tables_of_the_memory_engine_are_what_was_measured() -> None:
+    page = "docs/memory-engine.md"
+    lines = (ROOT / "benchmarks/estimate_accuracy_h100.jsonl").read_text().splitlines()
+    (peaks,) = (
+        {int(size): phases for size, phases in row["peaks"].items()}
+        for row in map(json.loads, lines)
+        if (row["model"], row["precision"]) == ("vit_b_16", "fp32")
+    )
+    peak = {size: max(phases.values()) for size, phases in peaks.items()}
+    straight_on = [peak[2] + (peak[4] - peak[2]) / 2 * (size - 2) for size in peak]
+    found = {phase: [phases[phase] for phases in peaks.values()] for phase in peaks[2]}
+    found |= {"peak": [*peak.values()], "straight on from 2 and 4": straight_on}
+    assert table_below(page, "(vit_b_16, fp32), in GiB") == [
+        [name, *(f"{num_bytes / 2**30:.2f}" for num_bytes in row)] for name, row in found.items()
+    ]
+
+    lines = (ROOT / "benchmarks/find_microbatch_h100.jsonl").read_text().splitlines()
+    rows = {(row["model"], row["precision"], row["method"]): row for row in map(json.loads, lines)}
+    assert table_below(page, "## Confirm once") == [
+        [
+            model,
+            precision,
+            str(row["microbatch_size"]),
+            str(row["tries"]),
+            f"{row['estimated_peak_bytes'] / row['peak_bytes']:.3f}",
+            f"{row['estimate_seconds']:.1f}",
+            f"{row['gpu_seconds']:.1f}",
+        ]
+        for model, precision, row in (
+            (model, precision, rows[model, precision, "ours"])
+            for model, precision, *_ in table_below(page, "## Confirm once")
+        )
+    ]
+    assert len(table_below(page, "## Confirm once")) == sum(method == "ours" for *_, method in rows)
+    for model, precision, *cells in table_below(page, "## What fits is not what is used"):
+        speed = rows[model, precision, "throughput"]["samples_per_second"]
+        largest = max(speed, key=int)
+        told = [f"{speed[size]:.0f}" for size in ("8", "16", "32")]
+        assert cells == [*told, f"{speed[largest]:.0f} at {largest}"], (model, precision)
+    fastest = rows["mvit_v1_b", "bf16", "throughput"]["samples_per_second"]["57"]
+    assert (
+        f"mvit_v1_b in bf16 makes {fastest:.0f} samples per second with 57 at once"
+        in (ROOT / page).read_text()
+    )
+
+
+def test_the_messages_of_the_page_on_memory_are_the_packages() -> None:
+    rows = table_below("docs/how-to/out-of-memory.md", "Look up the message")
+    package = "\n".join(path.read_text() for path in (ROOT / "tune_easytrain").glob("*.py"))
+    text = re.sub(r'"\s*\n\s*f?"', "", package)  # literals in several parts
+    assert len(rows) > 5
+    for message, *_ in rows:
+        assert code(message) in text, message
+
+
+def test_the_table_of_the_comparison_is_what_was_measured() -> None:
+    lines = (ROOT / "benchmarks/find_microbatch_h100.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    most = {
+        (row["model"], row["precision"]): row["microbatch_size"] for row in rows if row["method"] == "truth"
+    }
+    methods = ("ours", "lightning_binsearch", "lightning_power", "accelerate")
+    found = []
+    for method in methods:
+        cases = [row for row in rows if row["method"] == method]
+        seconds, tries = ([row[key] for row in cases] for key in ("gpu_seconds", "tries"))
+        shares = [row["microbatch_size"] / most[row["model"], row["precision"]] for row in cases]
+        found.append(
+            [
+                str(len(cases)),
+                f"{statistics.median(seconds):.1f} ({max(seconds):.0f})",
+                f"{statistics.median(tries):g} ({max(tries)})",
+                f"{statistics.median(shares):.0%} ({min(shares):.0%})".replace("%", " %"),
+            ]
+        )
+    assert [cells for _, *cells in table_below("docs/comparison.md", "## Finders, measured")] == found
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it."""
+    pytest.importorskip("material")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_has_a_page_of_every_document(site: Path) -> None:
+    pages = [Path(doc).relative_to("docs") for doc in DOCS if doc.startswith("docs/")]
+    assert [page for page in pages if not (site / page.with_suffix(".html")).is_file()] == []
+
+
+def test_the_site_asks_nobody_but_itself(site: Path) -> None:
+    """No script, style, font or picture is fetched from another host."""
+    fetched = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(https?:|//)[^"' >]*""")
+    for page in site.rglob("*.html"):
+        assert [match[0] for match in fetched.finditer(page.read_text())] == [], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:|//)|@import", style.read_text()), style
+
+
+def test_the_site_is_read_and_searched_from_disk_in_light_and_dark(site: Path) -> None:
+    pytest.importorskip("playwright")
+    from chromium import NoChromiumError, find_chromium, running_chromium
+    from playwright.sync_api import expect
+
+    try:
+        program = find_chromium()
+    except NoChromiumError as error:
+        pytest.skip(str(error))
+    faults: list[str] = []
+    with running_chromium(program) as browser:
+        for colors, scheme in (("light", "default"), ("dark", "slate")):
+            page = browser.new_context(color_scheme=colors, offline=True).new_page()  # type: ignore[arg-type]
+            page.on("requestfailed", lambda request: faults.append(request.url))
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.goto((site / "how-to/own-loop.html").as_uri())
+            expect(page.locator("body")).to_have_attribute("data-md-color-scheme", scheme)
+            page.locator("[data-md-component=search-query]").fill("rescue")
+            expect(page.locator(".md-search-result__link").first).to_be_visible()
+    assert faults == []
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    text = (ROOT / "docs/reference/python.md").read_text()
+    assert sorted(re.findall(r"^::: tune_easytrain\.(\w+)$", text, re.MULTILINE)) == sorted(te.__all__)
+
+
+def test_the_reference_shows_what_docstrings_and_commands_say(site: Path) -> None:
+    names = (site / "reference/python.html").read_text()
+    assert all(f'id="tune_easytrain.{name}"' in names for name in te.__all__)
+    assert "Leave in every" in names
+    page = (site / "reference/command-line.html").read_text()
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        assert f"tune-easytrain {name}</code>" in page, name
+        for parameter in command.params:
+            option = parameter.opts[0]
+            assert parameter.hidden or option in page or not option.startswith("--"), (name, option)
 
 
 # Links, length, versions

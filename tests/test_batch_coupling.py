@@ -71,7 +71,15 @@ def test_a_model_that_is_built_in_evaluation_mode_is_seen_as_it_is_trained() -> 
 def test_a_task_may_say_so_itself() -> None:
     coupling = find_coupling(make_task(nn.Linear(4, 4), couples_samples=True))
     assert coupling is not None
-    assert coupling.kind == "loss"
+    assert (coupling.kind, coupling.group_size) == ("loss", None)
+
+
+def test_a_task_may_say_how_many_samples_its_loss_compares() -> None:
+    coupling = find_coupling(make_task(nn.Linear(4, 4), couples_samples=8))
+    assert coupling == BatchCoupling("loss", "the loss, which compares groups of 8 samples,", 8)
+    with_norm = find_coupling(make_task(nn.BatchNorm1d(4), couples_samples=8))
+    assert with_norm == BatchCoupling("batch_norm", "BatchNorm1d (0)", 8)
+    assert find_coupling(make_task(nn.Linear(4, 4), couples_samples=1)) is None
 
 
 class Counting(nn.BatchNorm1d):

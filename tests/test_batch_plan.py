@@ -63,6 +63,38 @@ def test_the_ranks_shares_tile_the_window(effective: int, limit: int, num_worker
     assert taken == list(range(effective))
 
 
+@given(sizes, sizes, workers, st.integers(2, 40), st.integers(0, 3), st.integers(1, 300))
+def test_groups_stay_together_where_one_fits(
+    effective: int, limit: int, num_workers: int, group_size: int, more_steps: int, last: int
+) -> None:
+    plans = [
+        BatchPlan.build(effective, limit, num_workers=num_workers, rank=rank, group_size=group_size)
+        for rank in range(num_workers)
+    ]
+    changes = (
+        lambda plan: plan,
+        lambda plan: plan.for_window(last),
+        lambda plan: plan.with_steps(plan.accumulation_steps + more_steps),
+        lambda plan: plan.with_limit(limit // 2 + 1),
+    )
+    for changed in ([change(plan) for plan in plans] for change in changes):
+        first, window = changed[0], changed[0].effective_batch_size
+        assert len({plan.accumulation_steps for plan in changed}) == 1
+        borders = [0]
+        for plan in changed:
+            assert (plan.window_offset(), plan.group_size) == (borders[-1], group_size)
+            assert max(plan.microbatch_sizes) <= plan.microbatch_limit
+            for size in plan.microbatch_sizes:
+                borders.append(borders[-1] + size)
+        assert borders[-1] == window
+        assert first.keeps_groups == (group_size <= first.microbatch_limit)
+        if first.keeps_groups:
+            assert all(border % group_size == 0 or border == window for border in borders)
+        else:
+            without = BatchPlan.build(window, first.microbatch_limit, num_workers=num_workers)
+            assert first.num_samples == without.num_samples
+
+
 @pytest.mark.parametrize(
     ("effective", "limit", "num_workers", "rank", "expected"),
     [

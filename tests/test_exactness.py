@@ -60,6 +60,21 @@ def test_the_warning_is_one_line_with_the_sizes_and_what_would_be_exact(
     assert "\n" not in warning
 
 
+@pytest.mark.parametrize(
+    ("limit", "num_workers", "is_exact"), [(24, 1, True), (9, 1, True), (8, 2, True), (7, 1, False)]
+)
+def test_a_loss_within_groups_is_exact_where_micro_batches_keep_them(
+    limit: int, num_workers: int, is_exact: bool
+) -> None:
+    coupling = BatchCoupling("loss", "it", group_size=8)
+    grouped = BatchPlan.build(24, limit, num_workers=num_workers, group_size=8)
+    assert coupling.is_exact(grouped) is is_exact
+    assert not coupling.is_exact(plan(9))  # which knows of no groups
+    assert not BatchCoupling("batch_norm", "it", group_size=8).is_exact(BatchPlan.build(24, 8, group_size=8))
+    if not is_exact:
+        assert "exact: micro-batches of at least 8 samples (" in check_exactness(grouped, coupling, "warn")
+
+
 def test_required_exactness_is_an_error_in_place_of_the_warning() -> None:
     coupling = BatchCoupling("batch_norm", "BatchNorm2d (bn)")
     assert check_exactness(plan(24), coupling, "required") == ""

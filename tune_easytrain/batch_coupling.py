@@ -27,7 +27,7 @@ def coupling_of(task: Task, model: nn.Module) -> BatchCoupling | None:
     A BatchNorm that stays in evaluation mode all the same (frozen) couples nothing. Layers of the user's own
     with statistics of a batch are not known: for them, too, there is `Task.couples_samples`.
     """
-    if task.couples_samples:
+    if task.couples_samples is True:
         return BatchCoupling("loss", "the loss, which compares samples,")
     model.train()
     found = [
@@ -35,6 +35,9 @@ def coupling_of(task: Task, model: nn.Module) -> BatchCoupling | None:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.training
     ]
+    group_size = coupled_group(task) if coupled_group(task) > 1 else None
+    if not found and group_size is not None:
+        return BatchCoupling("loss", f"the loss, which compares groups of {group_size} samples,", group_size)
     if not found:
         return None
     name, first = found[0]
@@ -43,7 +46,13 @@ def coupling_of(task: Task, model: nn.Module) -> BatchCoupling | None:
     return BatchCoupling(
         "sync_batch_norm" if is_synchronized else "batch_norm",
         f"{type(first).__name__} ({name or 'the model itself'}{more})",
+        group_size,
     )
+
+
+def coupled_group(task: Task | None) -> int:
+    """Return how many consecutive samples a task's loss compares, and a micro-batch is to keep together."""
+    return 1 if task is None else max(1, int(task.couples_samples))
 
 
 def _build(task: Task) -> nn.Module:

@@ -16,6 +16,8 @@ class BatchPlan:
         num_workers, rank: how many workers share a window, and which of them this is.
         microbatch_sizes: samples of each micro-batch of a full window on this worker. They differ by at
             most one; the larger come first; a size is 0 where a worker has fewer samples than steps.
+        group_size: consecutive samples of a window that stay in one micro-batch, where the limit allows.
+            Sizes are then multiples of it that differ by one group at most; the last group may be short.
     """
 
     effective_batch_size: int
@@ -23,6 +25,7 @@ class BatchPlan:
     num_workers: int
     rank: int
     microbatch_sizes: tuple[int, ...]
+    group_size: int = 1
 
     @classmethod
     def build(
@@ -33,17 +36,20 @@ class BatchPlan:
         num_workers: int = 1,
         rank: int = 0,
         accumulation_steps: int | None = None,
+        group_size: int = 1,
     ) -> BatchPlan:
         """Plan a window of `effective_batch_size` samples, at most `microbatch_limit` of them at a time.
 
         The workers' shares differ by at most one. The number of accumulation steps is the smallest that
         respects the limit, or the one given, the same on every worker. Nothing has to be divisible by
-        anything.
+        anything. Groups are kept together where one fits the limit.
 
         >>> BatchPlan.build(100, 24).microbatch_sizes
         (20, 20, 20, 20, 20)
         >>> BatchPlan.build(3, 1, num_workers=2, rank=1).microbatch_sizes
         (1, 0)
+        >>> BatchPlan.build(100, 30, group_size=8).microbatch_sizes
+        (24, 24, 24, 16, 12)
 
         Raises ValueError for sizes below one, for a rank that is not one of the workers, and for fewer
         steps than the limit needs.
@@ -52,18 +58,22 @@ class BatchPlan:
             ("effective_batch_size", effective_batch_size),
             ("microbatch_limit", microbatch_limit),
             ("num_workers", num_workers),
+            ("group_size", group_size),
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < num_workers:
             raise ValueError(f"rank must be from 0 to {num_workers - 1}, got {rank}")
-        fewest_steps = -(-largest_share(effective_batch_size, num_workers) // microbatch_limit)
+        kept = group_size if group_size <= microbatch_limit else 1
+        largest_groups = -(-_share(effective_batch_size, num_workers, 0, kept) // kept)
+        fewest_steps = -(-largest_groups // (microbatch_limit // kept))
         if accumulation_steps is None:
             accumulation_steps = fewest_steps
         elif accumulation_steps < fewest_steps:
             raise ValueError(f"accumulation_steps must be at least {fewest_steps}, got {accumulation_steps}")
-        sizes = _even_parts(_share(effective_batch_size, num_workers, rank), accumulation_steps)
-        return cls(effective_batch_size, microbatch_limit, num_workers, rank, sizes)
+        own = _share(effective_batch_size, num_workers, rank, kept)
+        sizes = tuple(_share(own, accumulation_steps, step, kept) for step in range(accumulation_steps))
+        return cls(effective_batch_size, microbatch_limit, num_workers, rank, sizes, group_size)
 
     @property
     def accumulation_steps(self) -> int:
@@ -80,6 +90,11 @@ class BatchPlan:
         """Samples of one full window that are this worker's own."""
         return sum(self.microbatch_sizes)
 
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether every group of samples is in one micro-batch."""
+        return self.group_size <= self.microbatch_limit
+
     def for_window(self, num_samples: int) -> BatchPlan:
         """Return the plan of a window of `num_samples` in all, such as the short last one of an epoch.
 
@@ -88,13 +103,21 @@ class BatchPlan:
         if num_samples == self.effective_batch_size:
             return self
         return BatchPlan.build(
-            num_samples, self.microbatch_limit, num_workers=self.num_workers, rank=self.rank
+            num_samples,
+            self.microbatch_limit,
+            num_workers=self.num_workers,
+            rank=self.rank,
+            group_size=self.group_size,
         )
 
     def with_limit(self, microbatch_limit: int) -> BatchPlan:
         """Return the plan for the same samples with at most `microbatch_limit` of them at a time."""
         return BatchPlan.build(
-            self.effective_batch_size, microbatch_limit, num_workers=self.num_workers, rank=self.rank
+            self.effective_batch_size,
+            microbatch_limit,
+            num_workers=self.num_workers,
+            rank=self.rank,
+            group_size=self.group_size,
         )
 
     def with_steps(self, accumulation_steps: int) -> BatchPlan:
@@ -108,6 +131,7 @@ class BatchPlan:
             num_workers=self.num_workers,
             rank=self.rank,
             accumulation_steps=accumulation_steps,
+            group_size=self.group_size,
         )
 
     def windows(self, num_samples: int) -> Iterator[BatchPlan]:
@@ -117,11 +141,11 @@ class BatchPlan:
 
     def window_offset(self) -> int:
         """Return where this worker's share begins among the samples of a window."""
-        return sum(_share(self.effective_batch_size, self.num_workers, rank) for rank in range(self.rank))
-
-
-def _share(num_samples: int, num_workers: int, rank: int) -> int:
-    return num_samples // num_workers + (rank < num_samples % num_workers)
+        kept = self.group_size if self.keeps_groups else 1
+        shares = (
+            _share(self.effective_batch_size, self.num_workers, rank, kept) for rank in range(self.rank)
+        )
+        return sum(shares)
 
 
 def largest_share(num_samples: int, num_workers: int) -> int:
@@ -129,5 +153,9 @@ def largest_share(num_samples: int, num_workers: int) -> int:
     return _share(num_samples, num_workers, 0)
 
 
-def _even_parts(num_samples: int, num_parts: int) -> tuple[int, ...]:
-    return tuple(_share(num_samples, num_parts, part) for part in range(num_parts))
+def _share(num_samples: int, num_parts: int, part: int, group_size: int = 1) -> int:
+    """Return the samples of one of several even parts, the larger first; no group is divided."""
+    each, rest = divmod(-(-num_samples // group_size), num_parts)
+    first = part * each + min(part, rest)
+    last = first + each + (part < rest)
+    return min(last * group_size, num_samples) - min(first * group_size, num_samples)

@@ -14,14 +14,17 @@ class BatchCoupling:
     """What lets the samples of a forward pass depend on one another, so that parts are not as the whole.
 
     `kind` is `sync_batch_norm` where it looks at the micro-batches of all workers together; `cause` names it
-    in words.
+    in words. With a `group_size` the loss compares no more than so many consecutive samples.
     """
 
     kind: Literal["batch_norm", "sync_batch_norm", "loss"]
     cause: str
+    group_size: int | None = None
 
     def is_exact(self, plan: BatchPlan) -> bool:
-        """Return whether it sees the whole window of a plan at once."""
+        """Return whether it sees the whole window of a plan at once, or each of its groups."""
+        if self.kind == "loss" and plan.group_size == self.group_size and plan.keeps_groups:
+            return True
         return plan.accumulation_steps == 1 and (plan.num_workers == 1 or self.kind == "sync_batch_norm")
 
     def describe(self, plan: BatchPlan) -> str:
@@ -34,6 +37,8 @@ class BatchCoupling:
         )
 
     def _remedy(self, plan: BatchPlan) -> str:
+        if self.kind == "loss" and self.group_size is not None:
+            return f"micro-batches of at least {self.group_size} samples"
         one = "one micro-batch per worker" if plan.num_workers > 1 else "one micro-batch"
         if self.kind == "loss":
             return f"{one}, one worker" if plan.num_workers > 1 else one

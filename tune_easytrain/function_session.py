@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from tune_easytrain.batch_coupling import coupled_group
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import LoaderLostError, OutOfMemoryInTrainingError
@@ -157,5 +158,9 @@ class FunctionSession:
             effective = min(effective, self._num_train_samples)
         rank, num_workers = (0, 1) if ranks is None else (ranks.rank, ranks.num_workers)
         return BatchPlan.build(
-            effective, min(microbatch_limit, effective), num_workers=num_workers, rank=rank
+            effective,
+            min(microbatch_limit, effective),
+            num_workers=num_workers,
+            rank=rank,
+            group_size=coupled_group(self._task),
         )

@@ -69,9 +69,10 @@ class Task:
     generate: Callable[[nn.Module, Batch], Any] | None = None
     """Generation, where the task does it; the probe runs it too."""
 
-    couples_samples: bool = False
+    couples_samples: bool | int = False
     """Whether the samples of a batch depend on one another beyond BatchNorm, as in a contrastive loss; then
-    gradients cannot be accumulated exactly, and the trial says so."""
+    gradients cannot be accumulated exactly, and the trial says so. A number, such as 8: only those of so many
+    consecutive samples do (the first eight, the next eight, …), and micro-batches keep them together."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -37,7 +37,8 @@ def describe_plan(choice: StrategyChoice, opened: Opened, limit: int | None) -> 
         effective = opened.num_train_samples
     plan = None
     if effective is not None and limit is not None:
-        plan = BatchPlan.build(effective, limit, num_workers=settings.num_workers)
+        group = (opened.coupling and opened.coupling.group_size) or 1
+        plan = BatchPlan.build(effective, limit, num_workers=settings.num_workers, group_size=group)
         warnings.append(check_exactness(plan, opened.coupling, settings.exact))
     return Planned(
         device=opened.device_name,

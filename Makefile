@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev ## Check style, types and the direction of imports
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-docs ## Build the documentation's site into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: $(VENV)/.installed-demo ## Measure the overhead of a trial on this machine
 	$(BIN)/python benchmarks/trial_overhead.py

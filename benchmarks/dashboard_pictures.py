@@ -57,9 +57,12 @@ def run_demo(storage: Path, optimizer: str) -> Path:
     return made
 
 
+NO_CHECKPOINTS = shutil.ignore_patterns("checkpoint*")
+
+
 def copy_as_it_stood(run: Path, folder: Path, share: float) -> None:
     """Copy a run directory as it was when a share of its time was over, as if that were now."""
-    shutil.copytree(run, folder)
+    shutil.copytree(run, folder, ignore=NO_CHECKPOINTS)
     paths = sorted((folder / "trials").glob("*.jsonl"))
     events = {path: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
     times = [event["time"] for found in events.values() for event in found]
@@ -149,8 +152,8 @@ def main() -> None:
         storage, shown, live = (Path(folder) / name for name in ("runs", "shown", "live"))
         run = arguments.run or run_demo(storage, "sgd")
         other = arguments.other or run_demo(storage, "adam")
-        shutil.copytree(run, shown / run.name)
-        shutil.copytree(other, shown / other.name)
+        shutil.copytree(run, shown / run.name, ignore=NO_CHECKPOINTS)
+        shutil.copytree(other, shown / other.name, ignore=NO_CHECKPOINTS)
         copy_as_it_stood(run, live / run.name, LIVE_SHARE)
         with served(shown) as ended, served(live) as running, sync_playwright() as playwright:
             browser = playwright.chromium.launch(

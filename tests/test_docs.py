@@ -926,6 +926,7 @@ def test_the_reference_shows_what_docstrings_and_commands_say(site: Path) -> Non
     names = (site / "reference/python.html").read_text()
     assert all(f'id="tune_easytrain.{name}"' in names for name in te.__all__)
     assert "Leave in every" in names
+    assert "<blockquote>" not in names  # which examples would be that are no code
     page = (site / "reference/command-line.html").read_text()
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():

@@ -59,7 +59,7 @@ def build(question: Question) -> Page:
     found = f"{len(rows)} of {len(question.rows.all())} trials"
     live = [
         html.P([found, *_picks(question)], className="note", role="status"),
-        table([*headings, "curves"], cells, "Trials"),
+        table(["curves", *headings], cells, "Trials"),
         *_pages(address, page, num_pages),
     ]
     if not rows:
@@ -87,6 +87,7 @@ def _cells(row: Row, keys: Sequence[str], best: str, question: Question) -> list
     if row["error"]:
         standing.append(html.Div(text(str(row["error"])[:_LONGEST_ERROR]), className="error"))
     return [
+        _pick(row["trial_id"], question),
         trial_link(row["trial_id"], question.address),
         standing,
         *(text(shown(row.get(key))) for key in keys),
@@ -96,7 +97,6 @@ def _cells(row: Row, keys: Sequence[str], best: str, question: Question) -> list
         shown(row.get(best)),
         shown(row["epochs"]),
         shown(row["num_rescues"]),
-        _pick(row["trial_id"], question),
     ]
 
 
@@ -112,7 +112,7 @@ def _pick(trial_id: str, question: Question) -> Element:
 def _picks(question: Question) -> list[Element]:
     picked = question.picked
     if not picked:
-        return [" · tick trials in the last column to see their curves together"]
+        return [" · tick trials in the first column to see their curves together"]
     return [
         " · ",
         link(f"curves of the {len(picked)} picked", question.address.view_of("curves")),

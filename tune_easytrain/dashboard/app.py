@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ TICK_MILLISECONDS = 700
 
 _CLOCK_SECONDS = 5
 """How often times are made again on a page of a sweep in which nothing happens."""
+
+_NUM_READ_FIRST = 2  # as many as are compared
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +90,13 @@ class Desk:
         self._runs = runs
         self._rows: dict[str, TrialRows] = {}
         self._lock = threading.Lock()
+
+    def read_newest(self) -> None:
+        """Read the newest runs, which takes a second for a thousand trials, before anybody asks for them."""
+        for name in self._runs.names()[:_NUM_READ_FIRST]:
+            with suppress(TuneEasyTrainError):  # told to who asks for it
+                if (run := self._runs.open(name)) is not None:
+                    run.poll()
 
     def question(self, address: Address) -> Question | None:
         """Return what a view of a run is asked; None where there is no such run.
@@ -184,7 +194,9 @@ def build_app(places: Sequence[str]) -> Dash:
             ),
         ]
     )
-    _add_callbacks(app, Desk(runs))
+    desk = Desk(runs)
+    threading.Thread(target=desk.read_newest, daemon=True, name="first reading").start()
+    _add_callbacks(app, desk)
     return app
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from tune_easytrain.dashboard.elements import meter, note, table, text
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown
+from tune_easytrain.trial_record import TrialState
 
 FEWEST_TRIALS = 10
 MOST_TRIALS = 500
@@ -91,17 +92,17 @@ class ImportanceDesk:
         self._lock = threading.Lock()
 
     def ask(
-        self, name: tuple[str, ...], revision: int, rows: Sequence[Row], keys: Sequence[str], column: str
+        self, name: tuple[str, ...], num_ended: int, rows: Sequence[Row], keys: Sequence[str], column: str
     ) -> Importance | Exception | None:
         """Return the newest result of that name, None before there is one; see that a newer one is made."""
         with self._lock:
             known = self._results.get(name)
-            if (known is None or known[0] != revision) and name not in self._running:
-                self._running[name] = self._pool.submit(self._measure, name, revision, rows, keys, column)
+            if (known is None or known[0] != num_ended) and name not in self._running:
+                self._running[name] = self._pool.submit(self._measure, name, num_ended, rows, keys, column)
             return None if known is None else known[1]
 
     def _measure(
-        self, name: tuple[str, ...], revision: int, rows: Sequence[Row], keys: Sequence[str], column: str
+        self, name: tuple[str, ...], num_ended: int, rows: Sequence[Row], keys: Sequence[str], column: str
     ) -> None:
         found: Importance | Exception
         try:
@@ -109,7 +110,7 @@ class ImportanceDesk:
         except Exception as error:  # noqa: BLE001  whatever it is, the page tells it
             found = error
         with self._lock:
-            self._results[name] = (revision, found)
+            self._results[name] = (num_ended, found)
             self._num_results += 1
             del self._running[name]
 
@@ -143,7 +144,9 @@ def build(question: Question) -> Page:
             [note(f"{len(rows)} trials have reported {run.metric}; from {FEWEST_TRIALS} on it can be said.")],
         )
     where = question.address.query.get("where", "")
-    found = _DESK.ask((run.place, where), run.revision, rows, keys, column)
+    # A forest takes a second of CPU: one for each trial that ends, none for each epoch.
+    num_ended = sum(TrialState(row["state"]).is_final for row in rows)
+    found = _DESK.ask((run.place, where), num_ended, rows, keys, column)
     if found is None:
         return Page([note("Being measured …")])
     if isinstance(found, Exception):

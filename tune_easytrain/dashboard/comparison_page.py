@@ -15,9 +15,8 @@ from tune_easytrain.dashboard.elements import Element, box, choice, graph, link,
 from tune_easytrain.dashboard.figure import COLORS, build_figure, plain
 from tune_easytrain.dashboard.live_run import LiveRun
 from tune_easytrain.dashboard.page import Page, Question
+from tune_easytrain.dashboard.paging import Paging
 from tune_easytrain.dashboard.rows import shown
-
-_MOST_ROWS = 100
 
 
 def build(question: Question) -> Page:
@@ -45,7 +44,9 @@ def build(question: Question) -> Page:
     found = frame["found_in"].tolist()
     both, only_a, only_b = (found.count(which) for which in ("both", "a", "b"))
     told = f"a is {run.name}, b is {name}. Trials: {both} in both, {only_a} in a alone, {only_b} in b alone."
-    return Page([choices, note(told), _graph(frame, run.metric), _table(frame, run, name, address)])
+    paging = Paging.of(address, len(frame))
+    shown_rows = _table(frame[paging.rows], run, name, address)
+    return Page([choices, note(told), _graph(frame, run.metric), shown_rows, *paging.links(address)])
 
 
 def boxes(address: Address) -> list[Element]:
@@ -70,7 +71,7 @@ def _table(frame: pd.DataFrame, run: LiveRun, other: str, address: Address) -> E
         "samples_per_second_ratio",
         "peak_memory_bytes_ratio",
     ]
-    rows = frame.head(_MOST_ROWS).to_dict("records")
+    rows = frame.to_dict("records")
     cells = [
         [
             *(text(shown(_known(row[key]))) for key in keys),

@@ -21,10 +21,10 @@ from tune_easytrain.dashboard.elements import (
     trial_link,
 )
 from tune_easytrain.dashboard.page import Page, Question
+from tune_easytrain.dashboard.paging import Paging
 from tune_easytrain.dashboard.rows import Row, batch_text, memory_text, searched, shown, sorted_rows
 from tune_easytrain.ranking import known_mode
 
-ROWS_A_PAGE = 50
 _LONGEST_ERROR = 120
 _PICKS = 20
 
@@ -51,16 +51,14 @@ def build(question: Question) -> Page:
     by = address.query.get("sort", "")
     if by.removeprefix("-") in columns:
         rows = sorted_rows(rows, by)
-    num_pages = max(1, -(-len(rows) // ROWS_A_PAGE))
-    page = min(_number(address.query.get("page", "")), num_pages)
-    here = rows[(page - 1) * ROWS_A_PAGE : page * ROWS_A_PAGE]
+    paging = Paging.of(address, len(rows))
     headings = [_heading(name, words, by, address, best, run.mode) for name, words in columns.items()]
-    cells = [_cells(row, keys, best, question) for row in here]
+    cells = [_cells(row, keys, best, question) for row in rows[paging.rows]]
     found = f"{len(rows)} of {len(question.rows.all())} trials"
     live = [
         html.P([found, *_picks(question)], className="note", role="status"),
         table(["curves", *headings], cells, "Trials"),
-        *_pages(address, page, num_pages),
+        *paging.links(address),
     ]
     if not rows:
         live.append(note("No trial is like that."))
@@ -119,21 +117,3 @@ def _picks(question: Question) -> list[Element]:
         " · ",
         link("pick none", question.address.asking(pick="")),
     ]
-
-
-def _pages(address: Address, page: int, num_pages: int) -> list[Element]:
-    if num_pages == 1:
-        return []
-    steps = {"first": 1, "previous": page - 1, "next": page + 1, "last": num_pages}
-    links = [
-        html.Li(link(words, address.asking(page=str(number))))
-        for words, number in steps.items()
-        if 1 <= number <= num_pages and number != page
-    ]
-    return [
-        html.Nav([f"Page {page} of {num_pages} ", html.Ul(links)], className="choice", **aria(label="Pages"))
-    ]
-
-
-def _number(value: str) -> int:
-    return max(1, int(value)) if value.isdecimal() and len(value) < 9 else 1

@@ -57,6 +57,7 @@ DOCS = [
 PAGES = [*DOCS, "CHANGELOG.md"]
 OPTIONAL_PACKAGES = {
     "docs/accumulation.md": ("lightning_fabric", "accelerate"),
+    "docs/iqa.md": ("skimage", "sklearn"),
     "docs/loggers.md": ("tensorboard",),
     "docs/dashboard.md": ("dash",),
     "docs/report.md": ("plotly", "scipy"),
@@ -153,6 +154,15 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
     "pip install --editable .": ("installs", check_pip),
     "pip install --editable '.[video]'": ("installs", check_pip),
     "pip install --editable '.[torchcodec]'": ("installs", check_pip),
+    "pip install --editable '.[iqa]'": ("installs", check_pip),
+    "tune-easytrain run configs/iqa_batch_study.yaml --set config.data.root=/data/koniq10k --quick": (
+        "needs KonIQ-10k and a GPU",
+        check_options,
+    ),
+    "tune-easytrain run configs/iqa_batch_study.yaml --set config.data.root=/data/koniq10k": (
+        "needs KonIQ-10k and a GPU",
+        check_options,
+    ),
     ".venv/bin/pip install --editable '.[dev]'": ("installs", check_pip),
     "python3 -m venv .venv": ("would make an environment in the repository", no_check),
     "source .venv/bin/activate": ("is for a person's shell", no_check),

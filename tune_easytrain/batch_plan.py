@@ -13,7 +13,8 @@ class BatchPlan:
     Attributes:
         effective_batch_size: samples behind one optimizer step, over all workers.
         microbatch_limit: samples that one worker can hold at once.
-        num_workers, rank: how many workers share a window, and which of them this is.
+        num_workers: how many workers share a window.
+        rank: which of them this is.
         microbatch_sizes: samples of each micro-batch of a full window on this worker. They differ by at
             most one; the larger come first; a size is 0 where a worker has fewer samples than steps.
         group_size: consecutive samples of a window that stay in one micro-batch, where the limit allows.

@@ -66,8 +66,10 @@ def estimate_trials(
         for done, future in enumerate(as_completed(futures), start=1):
             estimates[futures[future]] = _result(future)
             on_progress(done, len(distinct))
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()  # its processes are idle; one that is on its way out would be met by the interpreter's end
     return [estimates[key] for key in keys]
 
 

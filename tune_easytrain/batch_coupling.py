@@ -35,7 +35,7 @@ def coupling_of(task: Task, model: nn.Module) -> BatchCoupling | None:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.training
     ]
-    group_size = coupled_group(task) if coupled_group(task) > 1 else None
+    group_size = task.group_size if task.group_size > 1 else None
     if not found and group_size is not None:
         return BatchCoupling("loss", f"the loss, which compares groups of {group_size} samples,", group_size)
     if not found:
@@ -48,11 +48,6 @@ def coupling_of(task: Task, model: nn.Module) -> BatchCoupling | None:
         f"{type(first).__name__} ({name or 'the model itself'}{more})",
         group_size,
     )
-
-
-def coupled_group(task: Task | None) -> int:
-    """Return how many consecutive samples a task's loss compares, and a micro-batch is to keep together."""
-    return 1 if task is None else max(1, int(task.couples_samples))
 
 
 def _build(task: Task) -> nn.Module:

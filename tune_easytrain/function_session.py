@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from tune_easytrain.batch_coupling import coupled_group
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.errors import LoaderLostError, OutOfMemoryInTrainingError
@@ -162,5 +161,5 @@ class FunctionSession:
             min(microbatch_limit, effective),
             num_workers=num_workers,
             rank=rank,
-            group_size=coupled_group(self._task),
+            group_size=1 if self._task is None else self._task.group_size,
         )

@@ -75,6 +75,11 @@ class Task:
     consecutive samples do (the first eight, the next eight, …), and micro-batches keep them together."""
 
     @property
+    def group_size(self) -> int:
+        """Consecutive samples that a micro-batch keeps together; 1 where they need not be."""
+        return max(1, int(self.couples_samples))
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics that the default training function reports."""
         if self.val_data is None:

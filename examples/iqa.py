@@ -1,7 +1,7 @@
 """Image quality and the batch size: `build_task` for sweep files, and a batch-size study of its own.
 
     python examples/iqa.py --data-root /data/koniq10k --storage /shared/runs
-    python examples/iqa.py --quick --set trial.resources.gpu=0
+    python examples/iqa.py --sweep configs/iqa_demo.yaml --quick
 
 This one file is enough where `tune_easytrain[iqa]` is installed.
 
@@ -216,6 +216,11 @@ def check_config(config: Mapping[str, Any]) -> None:
             _share_fault(config, key, most=float("inf"))
             for key in ("hp.learning_rate", "optimizer.weight_decay", "loss.ranking_alpha")
         ),
+    ]
+    faults += [
+        _fault(config, key, "cannot be used", "give the path of a folder")
+        for key in ("data.root", "data.second_test_root")
+        if not isinstance(_get(config, key, ""), str)
     ]
     if not isinstance(_get(config, "model.pretrained", False), bool):
         faults.append(_fault(config, "model.pretrained", "cannot be used", "write true or false"))
@@ -778,16 +783,29 @@ def choose_overrides(options: argparse.Namespace) -> list[str]:
     return [*overrides, *options.overrides]
 
 
+def check_data(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Raise `DataError` where the data are not there, before anything is started."""
+    from tune_easytrain import expand_trials, load_config
+
+    sweep = load_config(options.sweep or DEFAULT_SWEEP, overrides=overrides, quick=options.quick)
+    config = expand_trials(sweep)[0]
+    for name in ("training", *evaluated_sets(config)):
+        load_set(config, name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep and print its table; returns the exit code."""
     options = parse_arguments(arguments)
+    overrides = choose_overrides(options)
     from tune_easytrain import run
 
     try:
+        if not (options.address or "").startswith("ray://"):  # there the data lie on the cluster alone
+            check_data(options, overrides)
         results = run(
             options.sweep or DEFAULT_SWEEP,
             build_task,
-            overrides=choose_overrides(options),
+            overrides=overrides,
             quick=options.quick,
             address=options.address,
         )

@@ -475,6 +475,30 @@ def test_the_demo_learns_severity(tmp_path):
     assert row["val_srcc_best"] > 0.3
 
 
+def test_exactness_that_is_required_refuses_pairs_between_micro_batches(tmp_path):
+    pytest.importorskip("skimage")
+    results = te.run(
+        ROOT / "configs/iqa_demo.yaml",
+        overrides=[
+            f"run.storage={tmp_path}",
+            "config.data.share=0.2",
+            "train.epochs=1",
+            "grid_search={grid: {loss.ranking_group: [8, null], hp.batch_size: [16]}}",
+            "batch.effective_batch_size=32",
+        ],
+        debug=True,
+        quiet=True,
+    )
+    grouped, whole = results.frame().to_dict("records")
+    assert (grouped["state"], grouped["microbatch_size"], grouped["accumulation_steps"]) == (
+        "finished",
+        16,
+        2,
+    )
+    assert whole["state"] == "failed"
+    assert "InexactBatchError: batch.exact: required" in whole["error"]
+
+
 def test_a_copy_of_the_file_runs_alone(tmp_path):
     """As `ray submit` copies it: what it lacks is exit code 2, with the way to give it."""
     script = tmp_path / "script.py"

@@ -26,7 +26,7 @@ from tune_easytrain.dashboard import (
     trial_table,
 )
 from tune_easytrain.dashboard.address import TRIAL, Address
-from tune_easytrain.dashboard.elements import Element, aria, filter_box, link, problem, text
+from tune_easytrain.dashboard.elements import Element, aria, filter_box, link, problem, text, without_figures
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import TrialRows
 from tune_easytrain.dashboard.run_list import RunList
@@ -34,6 +34,8 @@ from tune_easytrain.errors import TuneEasyTrainError
 
 TICK_MILLISECONDS = 700
 """How often a page asks whether the sweep has changed."""
+
+_AT_ONCE_MILLISECONDS = 50
 
 _CLOCK_SECONDS = 5
 """How often times are made again on a page of a sweep in which nothing happens."""
@@ -207,6 +209,7 @@ def _add_callbacks(app: Dash, desk: Desk) -> None:
         Output("live", "children"),
         Output("seen", "data"),
         Output("heard", "data"),
+        Output("tick", "interval"),
         Input("tick", "n_intervals"),
         Input("address", "pathname"),
         Input("address", "search"),
@@ -220,13 +223,17 @@ def _add_callbacks(app: Dash, desk: Desk) -> None:
         address = Address.parse(path or "/", search or "")
         is_same_page = seen["address"] == str(address)
         version, page = desk.answer(address, seen["version"])
+        is_first = not seen["address"]
         if page is None:
-            return no_update, no_update, no_update, no_update, num_ticks
+            return no_update, no_update, no_update, no_update, num_ticks, TICK_MILLISECONDS
         boxes = f"{address.run}/{address.view}/{address.trial}/{len(page.controls)}"
-        now = {"address": str(address), "version": version, "boxes": boxes}
+        # What can be read at once comes first; the figures come with the next question, asked at once.
+        now = {"address": str(address), "version": "" if is_first else version, "boxes": boxes}
+        live = without_figures(page.live) if is_first else page.live
+        interval = _AT_ONCE_MILLISECONDS if is_first else TICK_MILLISECONDS
         heading = no_update if is_same_page else desk.heading(address)
         controls = no_update if boxes == seen["boxes"] else page.controls
-        return heading, controls, page.live, now, num_ticks
+        return heading, controls, live, now, num_ticks, interval
 
     @app.callback(
         Output("address", "search", allow_duplicate=True),

@@ -161,6 +161,18 @@ def section(title: str, *content: Element) -> Element:
     return html.Section([html.H2(title), *content])
 
 
+def without_figures(content: Sequence[Element]) -> list[Element]:
+    """Return a page's elements with an empty place for each figure: plotly takes a second to load."""
+    left: list[Element] = []
+    for element in content:
+        if isinstance(element, html.Figure):
+            place, caption = html.Div(className="dash-graph"), element.children[1]
+            left.append(html.Figure([place, caption]))
+        else:
+            left.append(element)
+    return left
+
+
 def graph(figure: Mapping[str, Any], caption: str, name: str = "graph") -> Element:
     """Return a figure of plotly, with a sentence that says what it shows."""
     shown = dcc.Graph(

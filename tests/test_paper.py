@@ -48,5 +48,5 @@ def test_the_table_is_of_the_chosen_model(tmp_path: Path) -> None:
 def test_latex_is_text_letter_by_letter(tmp_path: Path) -> None:
     assert latex(r"a_b & 50 % \x ± {y}") == r"a\_b \& 50 \% \textbackslash{}x $\pm$ \{y\}"
     text = as_latex(report_of(tmp_path, *seeds(24, 0.93), *seeds(32, 0.94)))
-    assert r"32 & 3 & 0.9404 $\pm$ 0.0004 & 30 & 12.5 & 16.0 GiB \\" in text
+    assert r"32 & 3 & 0.9404 $\pm$ 0.0004 & 30 & 12.5 h & 16.0 GiB \\" in text
     assert text.count(r"\begin") == text.count(r"\end") == 2

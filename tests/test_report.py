@@ -40,7 +40,7 @@ def test_every_arm_is_a_row_with_what_was_measured(tmp_path: Path) -> None:
 def test_the_decision_tree_has_this_study_s_numbers(tmp_path: Path) -> None:
     text = text_of(tmp_path, TRIALS, allowed_loss=0.003)
     assert "├─ yes → plan A: swin_b, E = 32: 0.9340 ± 0.0004, 12.5 h" in text
-    assert "├─ yes → swin_t, E = 32, 10 epochs: about 1.667 h" in text
+    assert "├─ yes → swin_t, E = 32, 10 epochs: about 100 min" in text
     assert "may val_srcc lose 0.003?" in text
     assert "├─ yes → plan B: swin_b, E = 48: 0.9332 ± 0.0004, 8.5 h" in text
 

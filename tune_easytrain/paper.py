@@ -6,7 +6,7 @@ from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.document import Block, Paragraph, Table
 from tune_easytrain.report import Report
 from tune_easytrain.study import Arm
-from tune_easytrain.study_plans import metric_text, number
+from tune_easytrain.study_plans import describe_hours, metric_text, number
 from tune_easytrain.study_statistics import FEWEST_SEEDS
 
 _SPECIAL = {
@@ -31,7 +31,7 @@ def sentence(report: Report) -> str:
     stop = "" if patience is None else f", with early stopping (patience {patience})"
     said = (
         f"We train {model} with an effective batch size of {arm.effective_batch_size}{made} on {where}, for "
-        f"{number(arm.num_epochs)} epochs{stop} ({number(arm.hours)} h a run)."
+        f"{number(arm.num_epochs)} epochs{stop} ({describe_hours(arm.hours)} a run)."
     )
     rivals = [other for other in study.measured if other.setting == arm.setting]
     sizes = sorted({other.effective_batch_size for other in rivals if other.effective_batch_size})
@@ -59,7 +59,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the ablation, of plan A's setting where there is one."""
     study, best = report.study, report.plans[0].arm
     arms = [arm for arm in study.measured if best is None or arm.setting == best.setting]
-    headings = ["Batch size", "Seeds", study.metric, "Epochs", "Hours", "Peak memory"]
+    headings = ["Batch size", "Seeds", study.metric, "Epochs", "Time", "Peak memory"]
     return headings, [_row(arm) for arm in arms]
 
 
@@ -67,7 +67,7 @@ def _row(arm: Arm) -> list[str]:
     memory = "" if arm.peak_memory_bytes is None else format_bytes(arm.peak_memory_bytes)
     return [
         arm.batch_name.removeprefix("E = "), str(len(arm.values)), metric_text(arm), number(arm.num_epochs),
-        number(arm.hours), memory,
+        describe_hours(arm.hours), memory,
     ]  # fmt: skip
 
 

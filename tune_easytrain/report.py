@@ -17,6 +17,7 @@ from tune_easytrain.study_plans import (
     Plan,
     choose_plans,
     describe_counterpart,
+    describe_hours,
     metric_text,
     number,
     whole_counterpart,
@@ -89,7 +90,7 @@ class Report:
                     f"{plan.letter}: {plan.goal}",
                     "cannot be said" if arm is None else arm.name,
                     "" if arm is None else metric_text(arm),
-                    "" if arm is None else f"{number(arm.hours)} h",
+                    "" if arm is None else describe_hours(arm.hours),
                 ]
             )
         yield Table(["plan", "choice", self.study.metric, "a training"], rows)
@@ -117,8 +118,8 @@ class Report:
                 metric_text(arm),
                 "unknown" if ends is None else f"{number(ends[0])} to {number(ends[1])}",
                 _or_unknown(arm.num_epochs),
-                "unknown" if math.isnan(arm.epoch_seconds) else describe_duration(arm.epoch_seconds),
-                "unknown" if math.isnan(arm.hours) else f"{number(arm.hours)} h",
+                describe_hours(arm.epoch_seconds / 3600),
+                describe_hours(arm.hours),
                 _or_unknown(arm.steps_per_epoch),
                 _or_unknown(arm.samples_per_second),
                 "unknown" if arm.peak_memory_bytes is None else format_bytes(arm.peak_memory_bytes),
@@ -197,7 +198,7 @@ class Report:
         for arm in measured:
             times = arm.hours_to(target, self.study.mode)
             reached = [hours for hours in times if hours is not None]
-            mean = f"{number(statistics.fmean(reached))} h" if reached else "never"
+            mean = describe_hours(statistics.fmean(reached)) if reached else "never"
             rows.append([arm.name, f"{len(reached)} of {len(times)}", mean])
         yield Table(["", "seeds that reached it", "mean time of those"], rows)
 
@@ -280,13 +281,6 @@ class Report:
             "deviation, intervals are Student's and differences Welch's. Hours are those of training and "
             f"evaluation. {num_failed} trials failed; they are in no mean."
         )
-
-
-def describe_duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours, whichever reads best."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 def _by_setting(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:

@@ -90,7 +90,7 @@ def _plan_b(study: Study, best: Arm | None, allowed: float) -> Plan:
         key=lambda arm: arm.hours,
     )
     if not faster:
-        reason = f"Nothing measured is faster than plan A ({number(best.hours)} h)."
+        reason = f"Nothing measured is faster than plan A ({describe_hours(best.hours)})."
         return Plan(letter="B", goal=goal, rule=rule, arm=best, reasons=(reason,))
     unknown: list[str] = []
     for arm in faster:
@@ -98,7 +98,8 @@ def _plan_b(study: Study, best: Arm | None, allowed: float) -> Plan:
         verdict = is_within(loss, allowed)
         if verdict:
             reasons = (
-                f"{number(best.hours - arm.hours)} h less than plan A ({1 - arm.hours / best.hours:.0%}); "
+                f"{describe_hours(best.hours - arm.hours)} less than plan A "
+                f"({1 - arm.hours / best.hours:.0%}); "
                 f"the loss is {number(loss.mean)} ({number(loss.low)} to {number(loss.high)}).",
             )
             return Plan(letter="B", goal=goal, rule=rule, arm=arm, reasons=reasons, unknown=tuple(unknown))
@@ -187,6 +188,14 @@ def metric_text(arm: Arm) -> str:
         return number(arm.mean)
     digits = max(0, -math.floor(math.log10(arm.deviation))) if arm.deviation > 0 else 4
     return f"{arm.mean:.{digits}f} ± {arm.deviation:.{digits}f}"
+
+
+def describe_hours(hours: float) -> str:
+    """Return a time in seconds, minutes or hours, whichever reads best; `unknown` for NaN."""
+    if math.isnan(hours) or hours >= 2:
+        return "unknown" if math.isnan(hours) else f"{hours:.4g} h"
+    seconds = hours * 3600
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
 
 
 def number(value: float) -> str:

@@ -69,7 +69,7 @@ def estimate_trials(
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-    pool.shutdown()  # its processes are idle; one that is on its way out would be met by the interpreter's end
+    pool.shutdown()  # waits: the interpreter's end would meet processes that are on their way out
     return [estimates[key] for key in keys]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pandas as pd
 import pytest
 import typer
 from pydantic import BaseModel
@@ -997,3 +999,32 @@ def test_the_settings_of_a_cluster_are_those_of_its_file() -> None:
     assert there.keys() - {code(name) for name, *_ in rows} == {
         "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED",
     }  # fmt: skip
+
+
+def rows_of_table(doc: str, heading: str) -> list[list[str]]:
+    """The cells of the table whose first heading is this."""
+    lines = (ROOT / doc).read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_batch_size_study_is_the_one_that_was_measured() -> None:
+    frame = pd.read_csv(ROOT / "benchmarks" / "iqa_severity_h100.csv")
+    rows = rows_of_table("docs/iqa.md", "E")
+    arms = frame.groupby(["batch.effective_batch_size", "accumulation_steps"], sort=True)
+    assert len(rows) == len(arms) == 6
+    for (size, srcc, _, steps, peak), ((effective, pieces), trials) in zip(rows, arms, strict=True):
+        made = f" as {pieces} × {effective // pieces}" if pieces > 1 else ""
+        assert size == f"{effective}{made}"
+        assert srcc == f"{trials['val_srcc_best'].mean():.2f} ± {trials['val_srcc_best'].std():.2f}"
+        assert int(steps) == (trials["optimizer_steps"] / trials["epochs"]).unique().item()
+        assert float(peak) == round(trials["peak_memory_bytes"].max() / 2**20, 1)
+        assert f"| {size} | 10 | {srcc} |" in (ROOT / "benchmarks" / "iqa_severity_h100.md").read_text()
+
+
+def test_the_dashboard_s_speed_is_the_one_that_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "dashboard_2_cores.json").read_text())
+    columns = ("first_paint_seconds", "update_seconds", "behind_seconds", "most_behind_seconds")
+    expected = [[view["view"], *(f"{view[name]:.2f}" for name in columns)] for view in measured["views"]]
+    assert rows_of_table("docs/dashboard.md", "page") == expected

@@ -37,6 +37,8 @@ TICK_MILLISECONDS = 700
 
 _AT_ONCE_MILLISECONDS = 50
 
+_PATIENCE_SECONDS = 4.0
+
 _CLOCK_SECONDS = 5
 """How often times are made again on a page of a sweep in which nothing happens."""
 
@@ -197,7 +199,9 @@ def build_app(places: Sequence[str]) -> Dash:
         ]
     )
     desk = Desk(runs)
-    threading.Thread(target=desk.read_newest, daemon=True, name="first reading").start()
+    reading = threading.Thread(target=desk.read_newest, daemon=True, name="first reading")
+    reading.start()
+    reading.join(_PATIENCE_SECONDS)  # a store may be slow: then who asks first waits
     _add_callbacks(app, desk)
     return app
 

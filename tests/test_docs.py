@@ -922,6 +922,8 @@ def test_the_site_is_read_and_searched_from_disk_in_light_and_dark(site: Path) -
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.goto((site / "how-to/own-loop.html").as_uri())
             expect(page.locator("body")).to_have_attribute("data-md-color-scheme", scheme)
+            # Before the index is read, what is typed finds nobody.
+            expect(page.locator(".md-search-result__meta")).to_have_text("Type to start searching")
             page.locator("[data-md-component=search-query]").fill("rescue")
             expect(page.locator(".md-search-result__link").first).to_be_visible()
     assert faults == []

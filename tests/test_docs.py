@@ -925,7 +925,7 @@ def test_the_site_is_read_and_searched_from_disk_in_light_and_dark(site: Path) -
             found = page.locator(".md-search-result__link").first
             for _ in range(20):  # what is typed before the page's script listens is lost
                 page.locator("[data-md-component=search-query]").fill("")
-                page.locator("[data-md-component=search-query]").fill("rescue")
+                page.locator("[data-md-component=search-query]").press_sequentially("rescue")
                 with contextlib.suppress(AssertionError):
                     expect(found).to_be_visible(timeout=2000)
                     break

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from debian_packages import install
 from playwright.sync_api import (
     Browser,
     BrowserContext,
@@ -43,15 +43,10 @@ def find_chromium() -> Path:
     """Return the program; Debian's package is installed where there is none and we may."""
     if (installed := _installed()) is not None:
         return installed
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise NoChromiumError(f"there is no {' or '.join(PROGRAMS)} here; apt-get install chromium")
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", "chromium"]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (install, ["apt-get", "update"], install):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if (installed := _installed()) is not None:
-            return installed
-    raise NoChromiumError(f"apt-get cannot install chromium: {done.stderr.strip()}")
+    complaint = install(["chromium"])
+    if (installed := _installed()) is not None:
+        return installed
+    raise NoChromiumError(f"there is no {' or '.join(PROGRAMS)} here: {complaint}")
 
 
 def _installed() -> Path | None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from debian_packages import install
+
 PROGRAMS = {
     "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2", "pgrep": "procps",
 }  # fmt: skip
@@ -145,15 +147,8 @@ def _install_programs() -> None:
     ]
     if not missing:
         return
-    if shutil.which("apt-get") is None:
-        raise NoHostsError(f"{', '.join(missing)} are missing, and there is no apt-get")
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (install, ["apt-get", "update"], install):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode == 0 and command is install:
-            return
-    raise NoHostsError(f"apt-get cannot install {', '.join(missing)}: {done.stderr.strip()}")
+    if complaint := install(missing):
+        raise NoHostsError(f"{', '.join(missing)} are missing: {complaint}")
 
 
 def _system_path() -> str:

@@ -14,6 +14,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from debian_packages import apt_get
+
 _PATIENCE_SECONDS = 60
 
 
@@ -25,16 +27,13 @@ def find_prometheus(folder: Path) -> Path:
     """Return the program; it is unpacked into `folder` where it is not installed, as that starts a server."""
     if installed := shutil.which("prometheus"):
         return Path(installed)
-    for program in ("apt-get", "dpkg-deb"):
-        if shutil.which(program) is None:
-            raise NoPrometheusError(f"there is no prometheus here, and no {program}")
-    download = ["apt-get", "download", "prometheus"]
-    for command in (download, ["apt-get", "update"], download):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-        if packages := list(folder.glob("prometheus_*.deb")):
-            subprocess.run(["dpkg-deb", "--extract", packages[0], folder], check=True)
-            return folder / "usr/bin/prometheus"
-    raise NoPrometheusError(f"apt-get cannot download prometheus: {done.stderr.strip()}")
+    if shutil.which("dpkg-deb") is None:
+        raise NoPrometheusError("there is no prometheus here, and no dpkg-deb")
+    if complaint := apt_get(["download", "prometheus"], folder):
+        raise NoPrometheusError(f"there is no prometheus here: {complaint}")
+    (package,) = folder.glob("prometheus_*.deb")
+    subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+    return folder / "usr/bin/prometheus"
 
 
 class Prometheus:

@@ -289,7 +289,7 @@ def check_run_directory(text: str) -> None:
 
 def check_modules(text: str) -> None:
     for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b|\bcli\b|\bsweep\b|\btrial\b", text)):
-        assert (ROOT / "tune_easytrain" / f"{name}.py").is_file(), name
+        assert list((ROOT / "tune_easytrain").rglob(f"{name}.py")), name
 
 
 def check_scrape_config(text: str) -> None:

@@ -54,6 +54,7 @@ def test_a_sweep_whose_machine_is_lost_goes_on_from_its_url_on_another(
     slow_sweep: dict[str, Any], server: S3Server, tmp_path: Path
 ) -> None:
     slow_sweep["run"]["storage"] = server.url("bucket/lost")
+    slow_sweep["config"]["toy"]["seconds_per_loss"] = 0.1  # epochs of a second: each event is stored at once
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(slow_sweep, sort_keys=False))
     said = tmp_path / "said"

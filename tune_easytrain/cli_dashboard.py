@@ -109,7 +109,9 @@ def _forward(
 
 
 def _announce(url: str, open_browser: bool | None) -> None:
-    to_out(f"Dashboard: {url}")
+    from tune_easytrain.dashboard_process import ANNOUNCEMENT
+
+    to_out(f"{ANNOUNCEMENT}{url}")
     sys.stdout.flush()
     if open_browser is None:
         open_browser = sys.stdout.isatty() and any(os.environ.get(name) for name in _DISPLAYS)

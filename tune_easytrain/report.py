@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.byte_size import format_bytes
@@ -14,7 +14,6 @@ from tune_easytrain.document import Block, Code, Figure, Heading, Paragraph, Poi
 from tune_easytrain.report_unknown import describe_unknown
 from tune_easytrain.study import Arm, Study, text_of
 from tune_easytrain.study_plans import (
-    Plan,
     choose_plans,
     describe_counterpart,
     describe_hours,
@@ -32,7 +31,7 @@ class ReportOptions:
     Attributes:
         allowed_loss: how much worse than the best the metric may be in plan B, in its own unit; None: half a
             per cent of the best mean.
-        target: the metric to be reached; None: the worst mean among the arms measured, which all reach.
+        target: the metric to be reached; None: the worst mean among the arms measured.
         price: of a device's hour, in whatever currency; None: costs are left out.
         sweep_file: the sweep file's path, for commands.
     """
@@ -43,26 +42,25 @@ class ReportOptions:
     sweep_file: str = "FILE"
 
 
-@dataclass(frozen=True)
 class Report:
-    """A study with what follows from it, as blocks of a document."""
+    """A study with what follows from it, as blocks of a document.
 
-    study: Study
-    options: ReportOptions
-    allowed_loss: float = field(init=False)
-    plans: tuple[Plan, Plan, Plan] = field(init=False)
+    Attributes:
+        study: what was measured.
+        options: what the reader asked for.
+        allowed_loss: how much worse than the best the metric may be in plan B.
+        plans: A, B and C.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, study: Study, options: ReportOptions) -> None:
+        self.study = study
+        self.options = options
         best = max(
-            (arm.mean for arm in self.study.measured),
-            key=lambda m: self.study.better(m, 0.0),
-            default=math.nan,
+            (arm.mean for arm in study.measured), key=lambda mean: study.better(mean, 0.0), default=math.nan
         )
-        allowed = self.options.allowed_loss
-        if allowed is None:
-            allowed = 0.005 * abs(best)
-        object.__setattr__(self, "allowed_loss", allowed)
-        object.__setattr__(self, "plans", choose_plans(self.study, allowed))
+        allowed = options.allowed_loss
+        self.allowed_loss = 0.005 * abs(best) if allowed is None else allowed
+        self.plans = choose_plans(study, self.allowed_loss)
 
     def blocks(self) -> list[Block]:
         """Return the document."""

@@ -343,7 +343,10 @@ def _an_epoch(totals: Sequence[int], epochs: Sequence[int]) -> int | None:
     if len(totals) != len(epochs):
         return None
     shares = {divmod(total, number) for total, number in zip(totals, epochs, strict=True) if number}
-    return next(iter(shares))[0] if len(shares) == 1 and next(iter(shares))[1] == 0 else None
+    if len(shares) != 1:
+        return None
+    ((share, rest),) = shares
+    return share if rest == 0 else None
 
 
 def _plain(value: Any) -> Any:

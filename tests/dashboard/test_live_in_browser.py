@@ -21,7 +21,7 @@ import tune_easytrain as te
 pytest.importorskip("dash")
 pytest.importorskip("playwright")
 
-from chromium import NoChromiumError, Tab, find_chromium, opened, running_chromium
+from chromium import Tab, opened
 from playwright.sync_api import Browser, expect
 from served_dashboard import Served, served
 
@@ -67,16 +67,6 @@ class Watched:
 
     def row(self, trial_id: str) -> dict[str, str]:
         return next(row for row in self.tab.table("Trials") if row["trial"] == trial_id)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    try:
-        program = find_chromium()
-    except NoChromiumError as error:
-        pytest.skip(str(error))
-    with running_chromium(program) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

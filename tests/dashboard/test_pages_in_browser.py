@@ -45,7 +45,7 @@ from tune_easytrain.search_space import known_configs
 pytest.importorskip("dash")
 pytest.importorskip("playwright")
 
-from chromium import NoChromiumError, Tab, find_chromium, opened, running_chromium
+from chromium import Tab, opened
 from playwright.sync_api import Browser, BrowserContext, expect
 from served_dashboard import Served, served
 
@@ -217,16 +217,6 @@ def frame(swept: SweepResults) -> pd.DataFrame:
 
 
 # The browser.
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    try:
-        program = find_chromium()
-    except NoChromiumError as error:
-        pytest.skip(str(error))
-    with running_chromium(program) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

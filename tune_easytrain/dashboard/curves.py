@@ -20,7 +20,7 @@ from tune_easytrain.dashboard.elements import (
 )
 from tune_easytrain.dashboard.figure import COLORS, DASHES, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
-from tune_easytrain.dashboard.rows import Row, shown, sorted_rows
+from tune_easytrain.dashboard.rows import Row, shown
 from tune_easytrain.frame import metric_names
 from tune_easytrain.trial_record import TrialRecord
 
@@ -85,9 +85,7 @@ def metrics_of(question: Question) -> list[str]:
 
 def default_rows(question: Question) -> list[Row]:
     """Return the best trials of those that the filter leaves, as many as can be told apart."""
-    column = f"{question.run.metric}_best"
-    rows = sorted_rows(question.chosen(), f"-{column}" if question.run.mode == "max" else column)
-    return [row for row in rows if row["epochs"] is not None][:MOST_CURVES]
+    return [row for row in question.best_first(question.chosen()) if row["epochs"] is not None][:MOST_CURVES]
 
 
 def curve(record: TrialRecord, name: str, metric: str, x: str, number: int) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def version(question: Question) -> int:
 def build(question: Question) -> Page:
     """Return the page."""
     run = question.run
-    column = f"{run.metric}_best"
+    column = question.column
     rows = [row for row in question.chosen() if _is_number(row.get(column))]
     keys = run.varied_keys()
     if len(rows) < FEWEST_TRIALS:

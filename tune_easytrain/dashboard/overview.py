@@ -25,7 +25,7 @@ from tune_easytrain.dashboard.elements import (
 )
 from tune_easytrain.dashboard.live_run import LiveRun, TrialSpan
 from tune_easytrain.dashboard.page import Page, Question
-from tune_easytrain.dashboard.rows import Row, batch_text, memory_text, shown, sorted_rows
+from tune_easytrain.dashboard.rows import Row, batch_text, memory_text, shown
 from tune_easytrain.trial_record import TrialRecord
 
 _MOST_ROWS = 10
@@ -49,15 +49,15 @@ def build(question: Question) -> Page:
 
 def _summary(question: Question, counts: Counter[str]) -> Element:
     run = question.run
-    spans = {record.trial_id: (record, run.span(record.trial_id)) for record in run.records()}
+    spans = [(record, run.span(record.trial_id)) for record in run.records()]
     ordered = {name: counts[name] for name in reversed(STATES) if counts[name]}
     num_trials = sum(counts.values())
     num_ended = counts["finished"] + counts["stopped"] + counts["failed"]
     words = [html.Li([state(name), f" {number}"]) for name, number in ordered.items()]
     found = [
         ("Ended", f"{num_ended} of {num_trials} trials"),
-        ("Time left", describe_time_left(spans.values(), time.time())),
-        ("Used", _used(run, spans.values())),
+        ("Time left", describe_time_left(spans, time.time())),
+        ("Used", _used(run, spans)),
         ("Devices", _devices(question.rows.all())),
     ]
     return html.Section(
@@ -171,9 +171,8 @@ def _epochs(row: Row, total: Any) -> Element:
 
 def _best(question: Question, rows: Sequence[Row]) -> list[Element]:
     run = question.run
-    column = f"{run.metric}_best"
-    ranked = sorted_rows(rows, f"-{column}" if run.mode == "max" else column)
-    ranked = [row for row in ranked if row.get(column) is not None][:5]
+    column = question.column
+    ranked = [row for row in question.best_first(rows) if row.get(column) is not None][:5]
     if not ranked:
         return [section("Best so far", note(f"No trial has reported {run.metric} yet."))]
     keys = question.keys

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tune_easytrain.dashboard.address import Address
 from tune_easytrain.dashboard.elements import Element
 from tune_easytrain.dashboard.live_run import LiveRun
-from tune_easytrain.dashboard.rows import Row, TrialRows
+from tune_easytrain.dashboard.rows import Row, TrialRows, sorted_rows
 from tune_easytrain.dashboard.run_list import RunList
 from tune_easytrain.trial_space import EFFECTIVE_BATCH_SIZE_KEY
 
@@ -35,6 +35,15 @@ class Question:
     def keys(self) -> list[str]:
         """The config keys that tell trials apart; the effective batch size has a place of its own."""
         return [key for key in self.run.varied_keys() if key != EFFECTIVE_BATCH_SIZE_KEY]
+
+    @property
+    def column(self) -> str:
+        """The column of the sweep's metric, at its best."""
+        return f"{self.run.metric}_best"
+
+    def best_first(self, rows: Iterable[Row]) -> list[Row]:
+        """Return rows by the sweep's metric, the best first; those without it last."""
+        return sorted_rows(rows, f"-{self.column}" if self.run.mode == "max" else self.column)
 
     @property
     def picked(self) -> list[str]:

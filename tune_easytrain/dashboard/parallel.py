@@ -127,7 +127,7 @@ def _is_number(value: Any) -> bool:
 def build(question: Question) -> Page:
     """Return the page."""
     run, address = question.run, question.address
-    column = f"{run.metric}_best"
+    column = question.column
     rows = question.chosen()
     found = axes(rows, question.keys, column)
     if len(found) < 2:
@@ -158,7 +158,7 @@ def build(question: Question) -> Page:
     live = [graph(figure, caption, GRAPH)]
     if brush:
         live.append(link("All trials again", address.asking(brush="")))
-        ranked = sorted_rows(inside, f"-{column}" if run.mode == "max" else column)[:_MOST_ROWS]
+        ranked = question.best_first(inside)[:_MOST_ROWS]
         cells = [
             [trial_link(row["trial_id"], address), *(text(axis.told(row.get(axis.name))) for axis in found)]
             for row in ranked
@@ -191,7 +191,7 @@ def read_brush(address: Address) -> dict[str, list[Any]]:
 
 def brushed(question: Question, selected: Mapping[str, Any]) -> Address:
     """Return the address after a part of the figure was dragged over, as plotly tells of it."""
-    found = axes(question.chosen(), question.keys, f"{question.run.metric}_best")
+    found = axes(question.chosen(), question.keys, question.column)
     around = selected.get("range") or {}
     if not ({"x", "y"} <= around.keys() and found):
         return question.address

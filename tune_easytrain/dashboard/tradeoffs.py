@@ -37,7 +37,7 @@ def build(question: Question) -> Page:
     run, address = question.run, question.address
     x = question.asked("x", list(AXES))
     words, better = AXES[x]
-    column = f"{run.metric}_best"
+    column = question.column
     scale = _GIB if x == "peak_memory_bytes" else 1
     rows = [row for row in question.chosen() if _is_there(row.get(column)) and _is_there(row[x])]
     groups: dict[str, list[Row]] = {}

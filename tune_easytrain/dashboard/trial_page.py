@@ -45,8 +45,9 @@ def build(question: Question) -> Page:
     row = next((row for row in question.rows.all() if row["trial_id"] == address.trial), None)
     if record is None or row is None:
         return Page([note(f"There is no trial {address.trial} in this sweep.")])
-    metric = question.asked("metric", metrics_of(question))
-    metrics = [(name, name) for name in metrics_of(question)]
+    names = metrics_of(question)
+    metric = question.asked("metric", names)
+    metrics = [(name, name) for name in names]
     others = html.Ul([html.Li(item) for item in _neighbours(question)])
     live = [
         html.Nav(others, className="choice", **aria(label="Other trials")),

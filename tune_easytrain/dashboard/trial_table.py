@@ -33,7 +33,7 @@ def build(question: Question) -> Page:
     """Return the page."""
     address, run = question.address, question.run
     keys = question.keys
-    best = f"{run.metric}_best"
+    best = question.column
     columns = {
         "trial_id": "trial",
         "state": "state",

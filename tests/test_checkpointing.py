@@ -111,6 +111,26 @@ def test_blocks_of_torchvisions_video_models(model: str, classes: dict[str, int]
     assert {name: names.count(name) for name in set(names)} == classes
 
 
+class Adapted(nn.Module):
+    """A linear layer with an adapter beside it, as peft builds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(6, 6)
+        self.adapters = nn.ModuleDict({"first": nn.Linear(6, 2), "second": nn.Linear(2, 6)})
+
+
+class AdaptedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), Adapted(), Adapted()
+
+
+def test_a_layer_with_adapters_is_no_block_of_its_own() -> None:
+    net = nn.Sequential(nn.Embedding(3, 6), nn.ModuleList(AdaptedBlock() for _ in range(2)))
+    assert [type(block) for block in find_blocks(net)] == [AdaptedBlock, AdaptedBlock]
+
+
 @pytest.mark.parametrize(
     "net",
     [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), nn.Sequential(Residual())],

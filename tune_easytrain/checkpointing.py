@@ -103,7 +103,16 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def _num_layers(module: nn.Module) -> int:
-    return sum(1 for part in module.modules() if not any(True for _ in part.children()))
+    """Return how many layers a module is made of; one with adapters of peft's beside it is still one."""
+    adapted = [part for part in module.modules() if _is_adapted(part)]
+    inside = {part for layer in adapted for part in layer.modules()}
+    return len(adapted) + sum(
+        1 for part in module.modules() if part not in inside and not any(True for _ in part.children())
+    )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def _num_kept(model: nn.Module, blocks: Sequence[nn.Module]) -> int:

@@ -199,7 +199,6 @@ ALONE = [
     (SIZE + "memory: {sharding: full}\ntrain:\n  compile: true\n", 4, "train.compile",
      "memory.sharding: full", "remove it"),
     (SIZE + "memory:\n  strategy: best\n", 3, "memory.strategy", "'best'", "auto"),
-    (SIZE + "train:\n  function: none\n", 3, "train.function", "not available in this version", "remove"),
     (SIZE + "train: {function: a.py:f}\n", 1, "batch.probe", "'a.py:f'", "probe: off"),
     (SIZE + "train: 3\n", 2, "train", "3 is an integer, not a mapping", "key: value"),
     # trial
@@ -343,6 +342,8 @@ def test_the_defaults(tmp_path: Path) -> None:
             "exact": "warn",
             "group_by_length": True,
             "max_tokens": None,
+            "knob": None,
+            "start_from": None,
         },
         "train": {
             "epochs": None,

@@ -80,6 +80,46 @@ def build_task(config: dict[str, Any]) -> Task:
     )
 
 
+def build_generating_task(config: dict[str, Any]) -> Task:
+    """A classifier to be evaluated, not trained, on `data.num_samples`.
+
+    For each sample generation takes `model.max_crops` × `model.bytes_per_crop` bytes.
+    """
+    model, num_samples = config["model"], config.get("data", {}).get("num_samples", 100)
+    num_floats = model["max_crops"] * model["bytes_per_crop"] // 4
+
+    def generate(net: nn.Module, batch: Any) -> torch.Tensor:
+        return torch.ones(len(batch[1]), num_floats, device=batch[1].device)
+
+    def predict(net: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not net.training
+        assert not torch.is_grad_enabled()
+        return net(batch[0]), batch[1]
+
+    return Task(
+        model=lambda: nn.Linear(NUM_FEATURES, 2),
+        loss=lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1]),
+        val_data=lambda: make_data(num_samples, seed=1),
+        predict=predict,
+        metrics={"accuracy": Accuracy},
+        generate=generate,
+    )
+
+
+def build_generating_predictor(config: dict[str, Any]) -> Task:
+    """The same, but its predictions are what takes the memory."""
+    task = build_generating_task(config)
+    generate, predict = task.generate, task.predict
+    assert generate is not None
+    assert predict is not None
+
+    def predict_after_generating(net: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        generate(net, batch)
+        return predict(net, batch)
+
+    return replace(task, predict=predict_after_generating)
+
+
 def _misbehave(toy: dict[str, Any], model: nn.Module) -> None:
     if not model.training:
         return

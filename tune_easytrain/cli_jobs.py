@@ -21,9 +21,11 @@ from tune_easytrain.cli_options import (
     MaxExperiments,
     Overrides,
     Quick,
+    StartFrom,
     print_table,
     to_err,
     to_out,
+    with_start,
 )
 from tune_easytrain.errors import BadInputError
 
@@ -49,6 +51,7 @@ def submit(
     address: Address = None,
     overrides: Overrides = None,
     quick: Quick = False,
+    start_from: StartFrom = None,
     max_experiments: MaxExperiments = None,
     resume: Annotated[
         str | None,
@@ -82,7 +85,7 @@ def submit(
     job_id = sending.submit(
         file,
         address=address,
-        overrides=overrides or [],
+        overrides=with_start(overrides, start_from),
         quick=quick,
         max_experiments=max_experiments,
         resume=resume,

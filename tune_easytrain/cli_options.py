@@ -28,6 +28,10 @@ Overrides = Annotated[
 Quick = Annotated[
     bool, typer.Option("--quick", help="Put the values of the file's section `quick` in place, before --set.")
 ]
+StartFrom = Annotated[
+    float | None,
+    typer.Option("--start-from", metavar="VALUE", help="Skip smaller values of the sweep's `batch.knob`."),
+]
 MaxExperiments = Annotated[
     int | None,
     typer.Option(
@@ -35,6 +39,11 @@ MaxExperiments = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+
+
+def with_start(overrides: list[str] | None, start_from: float | None) -> list[str]:
+    """Return what `--set` and `--start-from` replace in a sweep file."""
+    return [*(overrides or []), *([] if start_from is None else [f"batch.start_from={start_from:g}"])]
 
 
 def print_table(

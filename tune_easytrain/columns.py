@@ -50,6 +50,15 @@ COLUMNS = (
         better="min",
     ),
     Column("probe_cached", "boolean", "", "whether it only had to confirm what another trial had found"),
+    Column(
+        "probe_rule_of_thumb",
+        "Int64",
+        "samples",
+        "where the rule of thumb would begin; missing unless `batch.knob`",
+    ),
+    Column(
+        "probe_estimate", "Int64", "samples", "the most that fit by the estimate; missing where none is made"
+    ),
     Column("probe_seconds", "float64", "s", "wall time of these attempts", better="min"),
     Column("memory_budget_bytes", "Int64", "bytes", "what one worker was allowed to use of its device"),
     Column(
@@ -77,7 +86,7 @@ COLUMNS = (
         "samples_per_second",
         "float64",
         "samples/s",
-        "trained in the last epoch, evaluation left out",
+        "trained in the last epoch, evaluation left out; where nothing is trained, evaluated",
         better="max",
     ),
     Column(
@@ -166,6 +175,8 @@ SECTION_DTYPES: Mapping[str, str] = {
     "batch.probe": "string",
     "batch.search": "string",
     "batch.start": "Int64",
+    "batch.knob": "string",
+    "batch.start_from": "Float64",
     "batch.probe_timeout": "Float64",
     "batch.exact": "string",
     "batch.group_by_length": "boolean",

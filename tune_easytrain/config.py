@@ -108,7 +108,7 @@ class SweepConfig(Section):
     def needs_task(self) -> bool:
         """Whether it says neither what to train nor how, so that Python has to give a `build_task`."""
         grid_functions = self.grid_search.grid.get("train.function")
-        return self.task is None and self.train.function is None and grid_functions is None
+        return self.task is None and self.train.own_function is None and grid_functions is None
 
     def resolved(self) -> dict[str, Any]:
         """Return everything, defaults included, as plain values that `load_config` reads as an equal config.

@@ -11,7 +11,8 @@ from typing import Any
 from tune_easytrain.config_issues import Issue
 from tune_easytrain.errors import did_you_mean
 from tune_easytrain.run_checks import run_issues
-from tune_easytrain.trial_space import BATCH_SIZE_KEY
+from tune_easytrain.settings import EVALUATE_ONLY, is_knob_value
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, flatten_config
 from tune_easytrain.yaml_source import YamlPath
 
 _PAIR_PATH: YamlPath = ("grid_search", "pair")
@@ -25,6 +26,7 @@ def sweep_issues(data: Mapping[str, Any]) -> Iterator[Issue]:
     yield from _constant_issues(_mapping(data, "config"), grid)
     yield from _batch_size_issues(data, grid)
     yield from _probe_issues(data, grid)
+    yield from _knob_issues(data, grid)
     yield from _budget_issues(data, grid)
     yield from _rate_issues(data, grid)
     yield from _precision_issues(data, grid)
@@ -91,7 +93,8 @@ def _batch_size_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iter
     if None not in _values(data, grid, "batch", "effective_batch_size") or _every_trial_has_own(data, grid):
         return
     probe_is_off = all(value == "off" for value in _values(data, grid, "batch", "probe"))
-    if probe_is_off and None not in _values(data, grid, "train", "function"):
+    functions = _values(data, grid, "train", "function")
+    if (probe_is_off and None not in functions) or functions == [EVALUATE_ONLY]:
         return
     problem = f"no batch size: neither batch.effective_batch_size nor {BATCH_SIZE_KEY} is given"
     remedy = (
@@ -120,6 +123,43 @@ def _probe_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[
     if functions and any(value == "auto" for value in _values(data, grid, "batch", "probe")):
         problem = f"there is nothing to probe: train.function is {functions[0]!r} and there is no task"
         yield Issue(("batch", "probe"), problem, "write batch: {probe: off}, or name a task")
+
+
+def _knob_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
+    """Yield the faults of `batch.knob` and `batch.start_from`: keys that do not fit, and values."""
+    for name in ("knob", "start_from"):
+        if f"batch.{name}" in grid:
+            problem = f"batch.{name} is one for the whole sweep"
+            yield Issue((*_GRID_PATH, f"batch.{name}"), problem, "move it to the section batch")
+    knob, start_from = (_mapping(data, "batch").get(name) for name in ("knob", "start_from"))
+    if knob is None and start_from is not None:
+        remedy = "name the key that it is a value of, such as knob: model.max_crops"
+        yield Issue(("batch", "start_from"), f"{start_from!r} is a value of no knob", remedy)
+    if not isinstance(knob, str) or not all(knob.split(".")):  # told elsewhere
+        return
+    constants = flatten_config(_mapping(data, "config"))
+    is_nested = any(knob.startswith(f"{key}.") for key in grid)
+    if knob not in grid and knob not in constants and not is_nested:
+        names = {key: value for key, value in constants.items() if is_knob_value(value)}
+        problem = f"{knob!r} is neither in the grid nor in config"
+        yield Issue(("batch", "knob"), problem, did_you_mean(knob, [*grid, *names]))
+        return
+    values = _listed(grid.get(knob, constants.get(knob)))
+    wrong = [value for value in values if not is_knob_value(value)]
+    if wrong:
+        problem = f"{wrong[0]!r} is a value of the knob {knob}, and no number above 0"
+        yield Issue((*_GRID_PATH, knob) if knob in grid else ("config",), problem, "give numbers only")
+    elif is_knob_value(start_from) and not any(value >= start_from for value in values):
+        largest = f"the largest is {max(values)}" if values else f"{knob} has no list of values in the grid"
+        problem = f"no value of {knob} is {start_from} or more: {largest}"
+        yield Issue(("batch", "start_from"), problem, "give a smaller one, or remove it")
+
+
+def _listed(entry: Any) -> list[Any]:
+    """Return the values that a grid entry or a constant lists; none for a distribution or a mapping."""
+    if isinstance(entry, list):
+        return entry
+    return [] if entry is None or isinstance(entry, dict) else [entry]
 
 
 def _budget_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:

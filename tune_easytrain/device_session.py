@@ -11,7 +11,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from tune_easytrain import train_loop
+from tune_easytrain import evaluation_pass, train_loop
 from tune_easytrain.batch_coupling import find_coupling
 from tune_easytrain.compiled_model import load_compiler
 from tune_easytrain.devices import choose_device, device_type
@@ -57,7 +57,7 @@ class DeviceSession(FunctionSession):
         if settings.compile:
             load_compiler(device)
         is_first = opening.budget_bytes is None
-        self._coupling = find_coupling(task) if is_first else None
+        self._coupling = find_coupling(task) if is_first and task.is_trained else None
         self._task, self._probed_task, self._signature = task, probed_task, signature
         super().__init__(opening)
 
@@ -105,6 +105,8 @@ class DeviceSession(FunctionSession):
         )
 
     def _training_function(self) -> Callable[[dict[str, Any], TrialContext], None]:
+        if self._settings.evaluates_only:
+            return evaluation_pass.evaluate
         return train_loop.train if self._opening.function_payload is None else super()._training_function()
 
     def _memory_advice(self) -> str:
@@ -129,7 +131,8 @@ class DeviceSession(FunctionSession):
         return self._task.metric_names
 
     def _resumed_limit(self) -> int | None:
-        if self._opening.checkpoint_path is None or self._opening.function_payload is not None:
+        is_built_in = self._opening.function_payload is None and not self._settings.evaluates_only
+        if self._opening.checkpoint_path is None or not is_built_in:
             return None
         return train_loop.checkpoint_microbatch_limit(load_checkpoint(Path(self._opening.checkpoint_path)))
 
@@ -161,15 +164,13 @@ def _open_data(task: Task, settings: TrialSettings, device: torch.device) -> tup
     set a second time. No sample is read of those it trains on: loader processes are to open files
     of their own.
     """
-    probed = task = replace(task, train_data=_opened_checked(task.train_data))
+    probed = task = replace(task, train_data=_opened_checked(task))
     with kept_random_state():
         if settings.probe != "off":
             probed = with_known_worst_case(task)
-        task = replace(
-            task,
-            train_data=_opened_once(task.train_data, settings.seed),
-            val_data=None if task.val_data is None else _opened_once(task.val_data, settings.seed),
-        )
+        train_data = _opened_once(task.train_data, settings.seed)
+        val_data = None if task.val_data is None else _opened_once(task.val_data, settings.seed)
+        task = replace(task, train_data=train_data, val_data=val_data if task.is_trained else train_data)
         task.train_data()
         if device.type == "cpu" and task.val_data is not None:
             task.val_data()
@@ -196,17 +197,18 @@ def _opened_once(open_data: Callable[[], Any], seed: int) -> Callable[[], Any]:
     return data
 
 
-def _opened_checked(open_data: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that opens a training set, and refuses one that cannot be trained on."""
+def _opened_checked(task: Task) -> Callable[[], Any]:
+    """Return a function that opens the data the task is tried with, and refuses what is of no use."""
+    name = "train_data" if task.is_trained else "val_data"
 
     def data() -> Any:
-        data = open_data()
+        data = task.train_data()
         if not hasattr(data, "__len__"):
             raise TaskError(
-                f"train_data() returned a {type(data).__name__} without a length; give a map-style Dataset"
+                f"{name}() returned a {type(data).__name__} without a length; give a map-style Dataset"
             )
         if len(data) == 0:
-            raise TaskError("train_data() returned a data set without a single sample")
+            raise TaskError(f"{name}() returned a data set without a single sample")
         return data
 
     return data
@@ -219,4 +221,8 @@ def _build_task(opening: Opening) -> Task:
     if not isinstance(task, Task):
         raise TaskError(f"the task function returned a {type(task).__name__}, not a tune_easytrain.Task")
     settings = opening.settings
+    if not task.is_trained and opening.function_payload is not None and settings.probe == "auto":
+        raise TaskError("the task has no optimizer, so the probe cannot try what train.function will do")
+    if settings.evaluates_only or not task.is_trained:
+        task = task.only_evaluated()
     return with_strategies(task, checkpointing=settings.checkpointing, channels_last=settings.channels_last)

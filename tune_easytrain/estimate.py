@@ -106,7 +106,7 @@ def estimate_task(
     try:
         with kept_random_state(), _told_as_no_estimate():
             tracer = _Tracer(
-                with_known_worst_case(task),
+                with_known_worst_case(task if task.is_trained else task.only_evaluated()),
                 precision=precision,
                 device=device,
                 clip_norm=clip_norm,
@@ -159,19 +159,16 @@ class _Tracer:
                 self._recorder.track(tensor)
             if self._sharding == "full" and self._num_workers > 1:
                 self._sharded = ShardTrace(self._model, self._num_workers, self._recorder)
-            self._optimizer = self._task.optimizer(self._model)
-            rank = heaviest_rank(self._optimizer, self._num_workers)
-            self._shards = shard_optimizer(self._optimizer, self._sharding, rank, self._num_workers)
-            if self._device_type == "cuda":
-                choose_foreach(self._optimizer)
-            self._used = self._watch_gradients()
-            self._give_gradients()
+            if self._task.is_trained:
+                self._reach_steady_state()
             self._snapshot = StateSnapshot(self._model)
             self._snapshot.take()  # as training keeps one, for a rescue
             traces = {_SIZES[0]: self._trace(_SIZES[0])}
             if self._take_unused_gradients():
                 traces = {_SIZES[0]: self._trace(_SIZES[0])}
             traces[_SIZES[1]] = self._trace(_SIZES[1])
+            if not traces[_SIZES[1]]:  # of a task that is only evaluated, and that could not be traced
+                raise EstimateError(next(iter(self._missing.values())))
             phases = self._join(traces[_SIZES[0]], traces[_SIZES[1]], _SIZES)
             if None not in phases:
                 whole = Segment(None, tuple(filter(None, phases)))
@@ -179,11 +176,23 @@ class _Tracer:
             traces |= {size: self._trace(size) for size in _LADDER if size not in traces}
         return self._estimated(tuple(self._ladder(traces)), traces)
 
+    def _reach_steady_state(self) -> None:
+        """Build the optimizer, and let all gradients and its state be there, as under accumulation."""
+        self._optimizer = self._task.optimizer(self._model)
+        rank = heaviest_rank(self._optimizer, self._num_workers)
+        self._shards = shard_optimizer(self._optimizer, self._sharding, rank, self._num_workers)
+        if self._device_type == "cuda":
+            choose_foreach(self._optimizer)
+        self._used = self._watch_gradients()
+        self._give_gradients()
+
     def _estimated(
         self, segments: tuple[Segment, ...], traces: dict[int, dict[str, Timeline]]
     ) -> MemoryEstimate:
+        counted = ("forward", "backward") if self._task.is_trained else ("evaluation", "generation")
         small, large = (
-            sum(traces[size][phase].num_flops for phase in ("forward", "backward")) for size in _SIZES
+            sum(traces[size][phase].num_flops for phase in counted if phase in traces[size])
+            for size in _SIZES
         )
         return MemoryEstimate(
             segments,
@@ -237,8 +246,19 @@ class _Tracer:
     @kept_random_state()  # what is left out at random is left out of every trace
     def _trace(self, microbatch_size: int) -> dict[str, Timeline]:
         """Record every phase at one size, each in its steady state."""
-        recording, phases = self._recorder.recording, {}
+        phases: dict[str, Timeline] = {}
         batch = self._batch(microbatch_size)
+        if self._task.is_trained:
+            self._trace_training(batch, phases)
+        with self._evaluating(), self._passing():
+            self._trace_if_possible("evaluation", self._evaluate, batch, phases)
+            if self._task.generate is not None:
+                generate = partial(self._task.generate, self._model)
+                self._trace_if_possible("generation", generate, batch, phases)
+        return phases
+
+    def _trace_training(self, batch: Batch, phases: dict[str, Timeline]) -> None:
+        recording = self._recorder.recording
         with self._passing():
             with recording() as phases["forward"]:
                 loss = self._loss(batch)
@@ -249,12 +269,6 @@ class _Tracer:
                     self._sharded.end_backward()
         with recording() as phases["optimizer"]:
             self._step()
-        with self._evaluating(), self._passing():
-            self._trace_if_possible("evaluation", self._evaluate, batch, phases)
-            if self._task.generate is not None:
-                generate = partial(self._task.generate, self._model)
-                self._trace_if_possible("generation", generate, batch, phases)
-        return phases
 
     def _passing(self) -> AbstractContextManager[None]:
         return nullcontext() if self._sharded is None else self._sharded.passing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.errors import TaskError
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.precision import autocast
+from tune_easytrain.protocol import PlanChanged
 from tune_easytrain.rescue import Rescue
 from tune_easytrain.sharded_model import EqualPasses
 from tune_easytrain.task import Batch, Task
@@ -38,12 +39,13 @@ class Evaluation:
         loader: EpochLoader,
         microbatch_limit: int,
         passes: EqualPasses | None = None,
+        tell: Callable[[PlanChanged], None] = lambda change: None,
     ) -> None:
-        """`passes` keeps the workers of a sharded model in step."""
+        """`passes` keeps the workers of a sharded model in step, `tell` takes smaller micro-batches."""
         self._task, self._trial, self._model, self._loader = task, trial, model, loader
         self._device, self._ranks = trial.device, trial.ranks
         plan = BatchPlan.build(max(1, loader.num_samples), microbatch_limit)
-        self._rescue = Rescue(model, plan, trial.memory, tell=lambda change: None)
+        self._rescue = Rescue(model, plan, trial.memory, tell=tell)
         self._rescue.is_alone = passes is None
         self._rescue.termination = trial.termination
         self._passes = passes

@@ -67,6 +67,9 @@ class Probed(Event):
     cached: bool = False
     estimated_peak_bytes: int | None = None
     no_estimate: str = ""
+    knob: str = ""
+    rule_of_thumb_size: int | None = None
+    estimated_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

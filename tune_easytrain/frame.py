@@ -175,6 +175,8 @@ def _fixed_values(record: TrialRecord, best: Mapping[str, float]) -> dict[str, A
         "strategy": plan and plan.strategy,
         "probe_attempts": len(probe.attempts) if probe else (0 if plan else None),
         "probe_cached": probe.cached if probe else (False if plan else None),
+        "probe_rule_of_thumb": probe and probe.rule_of_thumb_size,
+        "probe_estimate": probe and probe.estimated_size,
         "probe_seconds": probe.seconds if probe else (0.0 if plan else None),
         "memory_budget_bytes": probe.budget_bytes if probe else (plan and plan.budget_bytes),
         "peak_memory_bytes": record.peak_memory_bytes,

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from tune_easytrain.batch_plan import largest_share
 from tune_easytrain.errors import EstimateError, NotEnoughMemoryError
 from tune_easytrain.events import Event, Probed
+from tune_easytrain.knob import Knob
+from tune_easytrain.memory_budget import probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import (
     Attempt,
@@ -56,7 +58,7 @@ def find_limit(
         return attempts[-1]
 
     def tell(microbatch_size: int | None, bound: Bound) -> None:
-        event = _probed_event(attempts, question, known, microbatch_size, bound, estimated)
+        event = _probed_event(attempts, question, known, microbatch_size, bound, estimated, settings.knob)
         cache.publish(ProbeEvidence.from_probed(event))
         emit(event)
 
@@ -64,10 +66,10 @@ def find_limit(
         # A resumed trial has an answer of its own to confirm, and waits for nobody.
         known = KnownSizes() if resumed_limit is not None else cache.acquire(question)
         has_answer = resumed_limit is not None or known.proposal is not None
-        asks = not has_answer and begins_with_estimate(settings.search, settings.start)
-        if asks and estimate is not None:
-            estimated = estimate()
-        usable = estimated if isinstance(estimated, MemoryEstimate) else None
+        begins = begins_with_estimate(settings.search, settings.given_start(question.limit))
+        if not has_answer and (begins or settings.knob is not None) and estimate is not None:
+            estimated = estimate()  # along a knob it is shown beside the rule of thumb
+        usable = estimated if begins and isinstance(estimated, MemoryEstimate) else None
         plan = search_plan(settings, resumed_limit, question, known, usable)
         result = find_largest(attempt, plan)
         tell(result.microbatch_size, bound_of(result, plan.limit, question, known))
@@ -82,9 +84,13 @@ def find_limit(
 def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
     """Return the most samples worth trying at once: the given limit, a worker's share of E, or of the data.
 
+    Where nothing is trained, it is a worker's share of the samples to evaluate, or the given limit.
+
     A limit in tokens is as many of the longest samples as it holds, and at least one. None without E.
     """
     window = settings.effective_batch_size
+    if settings.evaluates_only:
+        window = opened.num_train_samples
     if window is None:
         return settings.microbatch_limit
     limits = [] if settings.microbatch_limit is None else [settings.microbatch_limit]
@@ -110,7 +116,7 @@ def search_plan(
     plan = SearchPlan(
         limit=known.within(question.limit),
         budget_bytes=question.budget_bytes,
-        start=settings.start,
+        start=settings.given_start(question.limit),
         search=settings.search,
         estimate=estimate,
     )
@@ -142,10 +148,12 @@ def _probed_event(
     size: int | None,
     bound: Bound,
     estimated: MemoryEstimate | EstimateError | None,
+    knob: Knob | None,
 ) -> Probed:
-    peak_bytes = None
-    if isinstance(estimated, MemoryEstimate) and size is not None:
-        peak_bytes = estimated.peak_bytes(size)
+    peak_bytes = estimated_size = None
+    if isinstance(estimated, MemoryEstimate):
+        peak_bytes = None if size is None else estimated.peak_bytes(size)
+        estimated_size = estimated.largest_microbatch(probed_bytes(question.budget_bytes), question.limit)
     return Probed(
         microbatch_size=size,
         budget_bytes=question.budget_bytes,
@@ -157,4 +165,7 @@ def _probed_event(
         cached=known.proposal is not None,
         estimated_peak_bytes=peak_bytes,
         no_estimate=str(estimated) if isinstance(estimated, EstimateError) else "",
+        knob="" if knob is None else str(knob),
+        rule_of_thumb_size=None if knob is None else knob.first_size(question.limit),
+        estimated_size=estimated_size,
     )

@@ -15,6 +15,7 @@ import torch
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, ConfigError, Fault, TaskError, UnknownNameError, did_you_mean
 from tune_easytrain.search_space import build_trial_space, grid_keys, grid_points
+from tune_easytrain.settings import EVALUATE_ONLY
 from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
 from tune_easytrain.trial_space import MODEL_KEY, SECTION_NAMES
@@ -48,13 +49,26 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
             failures.append((point, trial, error))
     for point, trial, failure in failures:
         faults.append(_fault(config, dict(zip(keys, point, strict=True)), trial, failure, known))
-    if task is not None and config.train.function is None:
-        faults += _metric_faults(config, task.metric_names)
-    if task is not None and task.lengths is None:
-        faults += _token_faults(config)
+    if task is not None:
+        faults += _task_faults(config, task)
     if faults:
         raise ConfigError(faults)
     return len(built)
+
+
+def _task_faults(config: SweepConfig, task: Task) -> list[Fault]:
+    """Return what is asked of a task that it cannot do."""
+    faults, function = [], config.train.function
+    if function is None and not task.is_trained:
+        remedy = "give it one, or write train.function: none to evaluate without training"
+        faults.append(_fault_at(config, ("train", "function"), "the task has no optimizer", remedy))
+    elif function == EVALUATE_ONLY and task.val_data is None:
+        problem = "the task has no val_data, so there is nothing to evaluate"
+        faults.append(_fault_at(config, ("train", "function"), problem, "give it some, or remove the key"))
+    elif config.train.own_function is None:
+        reported = task.only_evaluated() if function == EVALUATE_ONLY else task
+        faults += _metric_faults(config, reported.metric_names)
+    return faults + ([] if task.lengths is not None else _token_faults(config))
 
 
 def _metric_faults(config: SweepConfig, names: Sequence[str]) -> list[Fault]:
@@ -62,11 +76,8 @@ def _metric_faults(config: SweepConfig, names: Sequence[str]) -> list[Fault]:
     metric = config.run.metric
     if metric in names:
         return []
-    problem, remedy = f"{metric!r} is not reported by this task", did_you_mean(metric, names)
-    if config.source_path is None:
-        return [Fault("<config>", "run.metric", problem, remedy)]
-    source, _ = read_file(config.source_path)
-    return [source.fault(("run", "metric"), problem, remedy)]
+    problem = f"{metric!r} is not reported by this task"
+    return [_fault_at(config, ("run", "metric"), problem, did_you_mean(metric, names))]
 
 
 def _token_faults(config: SweepConfig) -> list[Fault]:
@@ -77,12 +88,17 @@ def _token_faults(config: SweepConfig) -> list[Fault]:
         return []
     problem = f"{given[0]} tokens limit nothing: the task does not know how long its samples are"
     remedy = "give the task `lengths`, or remove the key"
-    if config.source_path is None:
-        return [Fault("<config>", _MAX_TOKENS_KEY, problem, remedy)]
-    source, _ = read_file(config.source_path)
     in_grid = _MAX_TOKENS_KEY in config.grid_search.grid
     path = ("grid_search", "grid", _MAX_TOKENS_KEY) if in_grid else tuple(_MAX_TOKENS_KEY.split("."))
-    return [source.fault(path, problem, remedy)]
+    return [_fault_at(config, path, problem, remedy)]
+
+
+def _fault_at(config: SweepConfig, path: tuple[str, ...], problem: str, remedy: str) -> Fault:
+    """Return a fault at a place of the sweep file, or of the dict in its place."""
+    if config.source_path is None:
+        return Fault("<config>", ".".join(path[2:] if path[0] == "grid_search" else path), problem, remedy)
+    source, _ = read_file(config.source_path)
+    return source.fault(path, problem, remedy)
 
 
 def _build_on_meta(build_task: Any, trial: dict[str, Any]) -> Task:

@@ -37,7 +37,7 @@ class Origin:
     def of(cls, config: SweepConfig) -> Origin:
         """Look at the files as they are now."""
         path, code = config.source_path, {}
-        for key, name in {"task": config.task, "train.function": config.train.function}.items():
+        for key, name in {"task": config.task, "train.function": config.train.own_function}.items():
             place = (name or "").rpartition(":")[0]
             if path is not None and place.endswith(".py"):
                 with contextlib.suppress(TaskError, OSError):  # a function was given in its place

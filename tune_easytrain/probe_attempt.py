@@ -119,6 +119,9 @@ class _Exercise:
 
     def run(self) -> None:
         """Train, evaluate and generate; raises whatever goes wrong."""
+        if not self._task.is_trained:
+            self._run_evaluation()
+            return
         self._model = self._build_model().train()
         if self._is_compiled:
             CompiledModel(self._model)
@@ -137,6 +140,18 @@ class _Exercise:
                 self._evaluate(self._batch(self._microbatch_size))
         finally:
             del self._model, self._optimizer, self._shards, self._state
+
+    def _run_evaluation(self) -> None:
+        """Evaluate and generate, with a tiny micro-batch first, as what a kernel can count is found so."""
+        self._model = self._build_model()
+        self._state = StateSnapshot(self._model)
+        try:
+            self._state.take()
+            for size in (min(_TINY_SIZE, self._microbatch_size), self._microbatch_size):
+                self._evaluate(self._batch(size))
+                self.sizes_run.append(size)
+        finally:
+            del self._model, self._state
 
     def _build_model(self) -> nn.Module:
         """Build the model where it is needed: hosts take seconds to draw values, which do not matter here.

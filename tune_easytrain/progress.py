@@ -24,6 +24,7 @@ from tune_easytrain.events import (
     Started,
 )
 from tune_easytrain.plain_text import printable
+from tune_easytrain.probe_log import describe_search
 from tune_easytrain.trial_record import TrialRecord, TrialState
 
 _ROWS_SHOWN = 30
@@ -75,7 +76,10 @@ class Progress:
     def watch(self, record: TrialRecord, event: Event) -> None:
         """Take note of an event; this is what the recorder calls."""
         self._records[record.trial_id] = record
-        if self._live is None:
+        if isinstance(event, Probed) and event.knob:
+            console = self._console if self._live is None else self._live.console
+            say_lines(console, (f"{record.trial_id}: {line}" for line in describe_search(event)))
+        elif self._live is None:
             line = describe_event(record, event, self._metric, self._keys)
             if line:
                 say_lines(self._console, [line])
@@ -126,7 +130,8 @@ def _cells(record: TrialRecord, keys: Iterable[str], metric: str) -> list[str]:
     plan, last = record.plan, record.last
     sizes = peak = ""
     if plan is not None and plan.microbatch_size is not None:
-        sizes = f"{plan.microbatch_size} × {plan.accumulation_steps}"
+        steps = "" if plan.accumulation_steps is None else f" × {plan.accumulation_steps}"
+        sizes = f"{plan.microbatch_size}{steps}"
     if plan is not None and record.peak_memory_bytes is not None:
         peak = f"{format_bytes(record.peak_memory_bytes)} / {format_bytes(plan.budget_bytes)}"
     return [
@@ -158,6 +163,8 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
             )
         case Planned():
             note = "".join(f"; {text}" for text in (event.strategy, event.warning) if text)
+            if event.effective_batch_size is None and event.microbatch_size is not None:
+                return f"{name}: evaluates at most {event.microbatch_size} at once on {event.device}{note}"
             return (
                 f"{name}: effective batch size {event.effective_batch_size} in {event.accumulation_steps} "
                 f"micro-batches of at most {event.microbatch_size} on {event.device}{note}"

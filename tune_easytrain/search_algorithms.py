@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.grid import Distribution
 from tune_easytrain.search_space import distributions, param_space, perturbed_keys
+from tune_easytrain.settings import EVALUATE_ONLY
 from tune_easytrain.sweep_shared import TIME
 
 _EPOCHS_UNKNOWN = 10**9
@@ -118,6 +119,8 @@ def most_epochs(config: SweepConfig) -> int | None:
     """
     if _train_values(config, "num_samples") or _train_values(config, "num_steps"):
         return None
+    if config.train.function == EVALUATE_ONLY:
+        return 1
     has_own_function = config.train.function is not None or "train.function" in config.grid_search.grid
     return max(_train_values(config, "epochs"), default=None if has_own_function else 1)
 

@@ -132,20 +132,32 @@ def _check_cut(max_experiments: int | None) -> None:
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[Any, ...]]:
-    values = listed_values(config.grid_search)
-    groups = choose_pairing(config.grid_search).groups
-    rows = [list(zip(*(values[key] for key in group), strict=True)) for group in groups]
-    for chosen in itertools.product(*rows):
-        by_key: dict[str, Any] = {}
-        for group, row in zip(groups, chosen, strict=True):
-            by_key.update(zip(group, row, strict=True))
-        yield tuple(by_key[key] for key in values)
+    keys = grid_keys(config)
+    for chosen in itertools.product(*_rows(config)):
+        by_key = {key: value for row in chosen for key, value in row.items()}
+        yield tuple(by_key[key] for key in keys)
+
+
+def _rows(config: SweepConfig) -> list[list[dict[str, Any]]]:
+    """Return the rows of every pair group, without those whose knob is below `batch.start_from`."""
+    values, knob, kept = listed_values(config.grid_search), config.batch.knob, knob_values(config)
+    rows = [
+        [dict(zip(group, row, strict=True)) for row in zip(*(values[key] for key in group), strict=True)]
+        for group in choose_pairing(config.grid_search).groups
+    ]
+    return [[row for row in group if knob not in row or row[knob] in kept] for group in rows]
+
+
+def knob_values(config: SweepConfig) -> tuple[Any, ...]:
+    """Return the listed values of `batch.knob` from `batch.start_from` on; none where none are listed."""
+    listed = listed_values(config.grid_search).get(config.batch.knob or "", ())
+    start_from = config.batch.start_from
+    return tuple(value for value in listed if start_from is None or value >= start_from)
 
 
 def num_grid_points(config: SweepConfig) -> int:
     """Return the number of points of the grid, without listing them."""
-    values = listed_values(config.grid_search)
-    return math.prod(len(values[group[0]]) for group in choose_pairing(config.grid_search).groups)
+    return math.prod(map(len, _rows(config)))
 
 
 def is_chosen(config: SweepConfig) -> bool:

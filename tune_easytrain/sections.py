@@ -13,6 +13,7 @@ from tune_easytrain.config_issues import fail, show_value
 from tune_easytrain.errors import StorageError, did_you_mean
 from tune_easytrain.logger_config import LoggerConfig, require_distinct
 from tune_easytrain.section import Section
+from tune_easytrain.settings import EVALUATE_ONLY
 from tune_easytrain.storage_url import StorageUrl, is_url
 
 PositiveInt: TypeAlias = Annotated[int, Ge(1)]
@@ -78,6 +79,18 @@ def check_function(value: Any) -> Any:
 FunctionName: TypeAlias = Annotated[str, BeforeValidator(check_function)]
 
 
+def check_training_function(value: Any) -> Any:
+    """Return `value` if it names a function, or is `none`; raises as `check_function` does."""
+    return value if value == EVALUATE_ONLY else check_function(value)
+
+
+def check_knob(value: Any) -> Any:
+    """Return `value` if it can be a dotted key of a trial's config; raises PydanticCustomError if not."""
+    if isinstance(value, str) and not all(value.split(".")):
+        raise fail(f"{show_value(value)} is no key", "write a dotted key of a trial, such as model.max_crops")
+    return value
+
+
 class BatchConfig(Section):
     """How a trial's effective batch size is reached in the memory it has."""
 
@@ -98,6 +111,12 @@ class BatchConfig(Section):
 
     start: PositiveInt | None = None
     """Samples in the first micro-batch the probe tries; default: what the estimate says."""
+
+    knob: Annotated[str, BeforeValidator(check_knob)] | None = None
+    """Key of a number, such as `model.max_crops`, that memory depends on, and that the probe goes along."""
+
+    start_from: PositiveFloat | None = None
+    """Smallest value of the knob to run; smaller ones are skipped."""
 
     probe_timeout: PositiveFloat = 600.0
     """Seconds one attempt of the probe may take."""
@@ -156,19 +175,16 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether the model is compiled by torch.compile for training."""
 
-    function: FunctionName | None = None
-    """Own training function, `module:function` or `path/file.py:function`; default: the built-in loop."""
+    function: Annotated[str, BeforeValidator(check_training_function)] | None = None
+    """Own training function, `file.py:function`; `none`: evaluate only. Default: the built-in loop."""
+
+    @property
+    def own_function(self) -> str | None:
+        """The name of the user's own training function, None where there is none."""
+        return None if self.function == EVALUATE_ONLY else self.function
 
     loader_workers: NonNegativeInt = 0
     """Processes that load data, per worker; 0 loads in the training process."""
-
-    @field_validator("function", mode="before")
-    @classmethod
-    def _not_none(cls, value: Any) -> Any:
-        if value == "none":
-            remedy = "remove the key to use the built-in loop, or name a function"
-            raise fail("'none' (evaluate only) is not available in this version", remedy)
-        return value
 
 
 class MemoryConfig(Section):

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tune_easytrain.errors import BadInputError
+from tune_easytrain.knob import Knob
 from tune_easytrain.probe import Search
 from tune_easytrain.training_budget import TrainingBudget
+
+EVALUATE_ONLY = "none"
+"""What `train.function` says where a trial is evaluated once, and not trained."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Number format of forward and backward passes; parameters and what they gather keep their own."""
@@ -51,6 +56,8 @@ class TrialSettings:
         channels_last: whether images and clips lie in memory with their channels last.
         metric, mode: what patience looks at and the sweep is ranked by.
         num_workers: how many workers train the trial together.
+        evaluates_only: whether the trial is evaluated once, and not trained.
+        knob: what of the workload the sweep probes along; None: nothing.
     """
 
     effective_batch_size: int | None
@@ -84,6 +91,8 @@ class TrialSettings:
     metric: str
     mode: Literal["min", "max"]
     num_workers: int = 1
+    evaluates_only: bool = False
+    knob: Knob | None = None
 
     @classmethod
     def from_config(
@@ -125,7 +134,15 @@ class TrialSettings:
             metric=metric,
             mode=mode,
             num_workers=num_workers,
+            evaluates_only=evaluates_only(config),
+            knob=find_knob(config),
         )
+
+    def given_start(self, limit: int) -> int | None:
+        """Return the first size to try, as given or by the knob's rule of thumb; None: it is estimated."""
+        if self.start is None and self.knob is not None and self.search == "grow":
+            return self.knob.first_size(limit)
+        return self.start
 
     @property
     def budget(self) -> TrainingBudget:
@@ -153,9 +170,12 @@ def batch_sizes(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Return a trial's effective batch size and the limit of its micro-batch, in samples.
 
     With `batch.effective_batch_size`, `hp.batch_size` is the limit; without, it is the effective batch size
-    itself. None stands for what is not given.
+    itself; where nothing is trained, `hp.batch_size` is the limit, and there is no effective batch size. None
+    stands for what is not given.
     """
     given, effective = given_batch_size(config), config["batch"]["effective_batch_size"]
+    if evaluates_only(config):
+        return None, given
     return (given, None) if effective is None else (effective, given)
 
 
@@ -163,3 +183,30 @@ def given_batch_size(config: Mapping[str, Any]) -> int | None:
     """Return a trial's `hp.batch_size`, None where there is none."""
     hyperparameters = config.get("hp")
     return hyperparameters.get("batch_size") if isinstance(hyperparameters, Mapping) else None
+
+
+def evaluates_only(config: Mapping[str, Any]) -> bool:
+    """Return whether a trial is evaluated once, and not trained."""
+    return bool(config["train"]["function"] == EVALUATE_ONLY)
+
+
+def find_knob(config: Mapping[str, Any]) -> Knob | None:
+    """Return what of a trial's config the sweep probes along, None where the sweep names nothing.
+
+    Raises BadInputError where the trial has no such value, or it is not a positive number.
+    """
+    key = config["batch"]["knob"]
+    if key is None:
+        return None
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if not is_knob_value(value):
+        raise BadInputError(f"batch.knob: {key} is {value!r} in this trial; it must be a number above 0")
+    return Knob(key, value)
+
+
+def is_knob_value(value: Any) -> bool:
+    """Return whether a value is a finite number above 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf

@@ -45,7 +45,8 @@ def task_signature(task: Task, opening: Opening, device: torch.device) -> str:
         settings.clip_norm is not None,
         (settings.checkpointing, settings.channels_last, settings.sharding, settings.compile),
         settings.num_workers,
-        (settings.search, settings.start),
+        (settings.search, settings.start, settings.knob),
+        settings.evaluates_only,
     ]
     # What has an effect of the sweep's own sections is among the facts above.
     config = _relevant({key: opening.config[key] for key in opening.config if key not in SECTION_NAMES})
@@ -62,7 +63,8 @@ def _task_facts(task: Task) -> Iterator[Any]:
     with torch.device("meta"):
         model = task.model()
     yield from _model_facts(model)
-    yield from _optimizer_facts(task.optimizer(model))
+    if task.is_trained:
+        yield from _optimizer_facts(task.optimizer(model))
     for function in (task.loss, task.predict, task.generate, task.split, task.weight):
         yield _effect(function)
     for tensor in iterate_tensors(worst_case_batch(task, 1)):

@@ -219,7 +219,7 @@ def check_packed(config: SweepConfig, packed: PackedFolder) -> PurePosixPath:
     """
     assert config.source_path is not None
     sweep_path = _require(packed, config.source_path, "the sweep file")
-    for key, function in (("task", config.task), ("train.function", config.train.function)):
+    for key, function in (("task", config.task), ("train.function", config.train.own_function)):
         place = (function or "").rpartition(":")[0]
         if not place.endswith(".py"):
             continue

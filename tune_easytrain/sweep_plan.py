@@ -9,6 +9,7 @@ from typing import Any
 
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.config_issues import show_value
+from tune_easytrain.knob import Knob
 from tune_easytrain.search_space import (
     PairingPlan,
     build_trial_space,
@@ -17,6 +18,7 @@ from tune_easytrain.search_space import (
     grid_keys,
     grid_points,
     is_chosen,
+    knob_values,
     listed_values,
     num_repeats,
     num_trials,
@@ -52,7 +54,7 @@ class SweepPlan:
 
     Where `search` is not random, it chooses the grid point of every trial, and these three are one number,
     `max_experiments` aside. `perturbed` are the keys that `scheduler` changes while trials train. `quick` are
-    the keys that `--quick` has set, each with its value.
+    the keys that `--quick` has set, each with its value. `knob` is a sentence about what is probed along.
     """
 
     pairing: PairingPlan
@@ -67,6 +69,7 @@ class SweepPlan:
     scheduler: str = ""
     perturbed: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
+    knob: str = ""
 
     @property
     def trials_saved_percent(self) -> float:
@@ -100,6 +103,7 @@ class SweepPlan:
             *([f"Quick trial: {', '.join(self.quick)}."] if self.quick else []),
             f"Mode: {self.pairing.mode}. {self.pairing.reason}",
             f"{self.num_trials}{cut} trials; {counted}",
+            *([self.knob] if self.knob else []),
             *self._describe_drawn(),
             *(f"Warning: {warning}" for warning in self.warnings),
         ]
@@ -155,13 +159,35 @@ def build_plan(config: SweepConfig, max_experiments: int | None = None) -> Sweep
         quick=tuple(f"{key}={show_value(value)}" for key, value in config.quick.items())
         if config.is_quick
         else (),
+        knob=_describe_knob(config, trials),
+    )
+
+
+def _describe_knob(config: SweepConfig, trials: tuple[PlannedTrial, ...]) -> str:
+    key, start_from = config.batch.knob, config.batch.start_from
+    if key is None:
+        return ""
+    sizes = {
+        Knob(key, trial.values[key]): trial.microbatch_limit or trial.effective_batch_size
+        for trial in trials
+        if key in trial.values
+    }
+    starts = [f"{knob.value:g}: {knob.first_size(limit)}" for knob, limit in sizes.items() if limit]
+    return (
+        f"The probe goes along {key}"
+        + ("" if start_from is None else f", from {start_from:g} on")
+        + (f"; by the rule of thumb it starts at {', '.join(starts)}." if starts else ".")
     )
 
 
 def _num_cartesian_trials(config: SweepConfig) -> int:
     if is_chosen(config):
         return num_trials(config)
-    return math.prod(map(len, listed_values(config.grid_search).values())) * config.run.num_samples
+    listed = listed_values(config.grid_search)
+    lengths = {key: len(values) for key, values in listed.items()}
+    if config.batch.knob in lengths:
+        lengths[config.batch.knob] = len(knob_values(config))
+    return math.prod(lengths.values()) * config.run.num_samples
 
 
 def _planned(

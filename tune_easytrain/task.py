@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tune_easytrain.errors import TaskError
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = Any
 """What the data loader yields for one micro-batch: tensors in any nesting of tuples, lists and dicts."""
+
+
+def _no_optimizer(model: nn.Module) -> Optimizer:
+    raise TaskError(
+        "the task has no optimizer: give it one, or write train.function: none to evaluate without training"
+    )
+
+
+def _no_train_data() -> Dataset[Any]:
+    raise TaskError(
+        "the task has no train_data: give it some, or write train.function: none to evaluate without training"
+    )
 
 
 @dataclass(kw_only=True)
@@ -31,11 +45,11 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     """Scalar loss of one batch: the mean over its samples (or over what `weight` counts)."""
 
-    optimizer: Callable[[nn.Module], Optimizer]
-    """Builds the optimizer over the model's parameters."""
+    optimizer: Callable[[nn.Module], Optimizer] = _no_optimizer
+    """Builds the optimizer over the model's parameters; not needed where nothing is trained."""
 
-    train_data: Callable[[], Dataset[Any]]
-    """Opens the training set: map-style, with a length."""
+    train_data: Callable[[], Dataset[Any]] = _no_train_data
+    """Opens the training set: map-style, with a length; not needed where nothing is trained."""
 
     val_data: Callable[[], Dataset[Any]] | None = None
     """Opens the validation set, or None where there is none."""
@@ -80,11 +94,26 @@ class Task:
         return max(1, int(self.couples_samples))
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The metrics that the default training function reports."""
+    def is_trained(self) -> bool:
+        """Whether it has an optimizer; without one it is only evaluated."""
+        return self.optimizer is not _no_optimizer
+
+    def only_evaluated(self) -> Task:
+        """Return the task without training: no optimizer, and the validation set wherever data is needed.
+
+        Raises TaskError where there is no validation set.
+        """
         if self.val_data is None:
-            return ("train_loss",)
-        return ("train_loss", "val_loss", *(f"val_{name}" for name in self.metrics))
+            raise TaskError("the task has no val_data, so there is nothing to evaluate it on")
+        return replace(self, optimizer=_no_optimizer, train_data=self.val_data)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics that are reported, unless a training function of the user's own reports others."""
+        trained = ("train_loss",) if self.is_trained else ()
+        if self.val_data is None:
+            return trained
+        return (*trained, "val_loss", *(f"val_{name}" for name in self.metrics))
 
 
 BuildTask: TypeAlias = Callable[[dict[str, Any]], Task]

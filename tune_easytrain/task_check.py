@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from tune_easytrain.errors import TuneEasyTrainError
 from tune_easytrain.protocol import CheckRequest
+from tune_easytrain.settings import evaluates_only
 from tune_easytrain.task import Task
 
 
@@ -30,10 +31,13 @@ def _faults(request: CheckRequest) -> Iterator[str]:
         return
     try:
         task: Task = build_task(request.config)
+        if evaluates_only(request.config):
+            task = task.only_evaluated()
     except Exception as error:  # noqa: BLE001 -- as above
         yield _described("task", error)
         return
-    for name, build_data in (("train_data", task.train_data), ("val_data", task.val_data)):
+    data = {"train_data": task.train_data} if task.is_trained else {}
+    for name, build_data in {**data, "val_data": task.val_data}.items():
         if build_data is not None:
             yield from _data_faults(name, build_data)
 

@@ -32,8 +32,8 @@ def load_sweep_functions(
     if build_task is None and config.task is not None:
         build_task = load_function(config.task, key="task", **places)
     function = None
-    if config.train.function is not None:
-        function = load_function(config.train.function, key="train.function", **places)
+    if config.train.own_function is not None:
+        function = load_function(config.train.own_function, key="train.function", **places)
     if build_task is None and function is None:
         raise TaskError("task: the sweep names no task; add `task: file.py:function`, or pass build_task")
     return (

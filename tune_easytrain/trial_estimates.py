@@ -23,6 +23,8 @@ from tune_easytrain.child_process import (
 )
 from tune_easytrain.errors import EstimateError
 from tune_easytrain.memory_estimate import MemoryEstimate
+from tune_easytrain.settings import evaluates_only
+from tune_easytrain.task import BuildTask
 from tune_easytrain.trial_space import SECTION_NAMES
 
 _MOST_PROCESSES = 8  # each holds torch and the traces of one model: about 1 GB
@@ -93,7 +95,7 @@ def estimate_key(config: Mapping[str, Any]) -> str:
     """Return what of a trial's config its estimate may depend on: the same for trials of the same memory."""
     train, memory = config["train"], config["memory"]
     own = {key: value for key, value in config.items() if key not in SECTION_NAMES}
-    settings = [train["precision"], train["clip_norm"] is None]
+    settings = [train["precision"], train["clip_norm"] is None, evaluates_only(config)]
     strategies = [memory["checkpointing"], memory["channels_last"], memory["sharding"]]
     return json.dumps([_relevant(own), settings, strategies], default=repr)
 
@@ -123,8 +125,9 @@ def _estimate(
     torch.set_num_threads(1)
     train, memory = config["train"], config["memory"]
     try:
+        build_task = cloudpickle.loads(task_payload)
         return estimate_memory(
-            cloudpickle.loads(task_payload),
+            _only_evaluated(build_task) if evaluates_only(config) else build_task,
             config,
             precision=train["precision"],
             clip_norm=train["clip_norm"],
@@ -135,6 +138,10 @@ def _estimate(
         )
     except EstimateError as error:
         return error
+
+
+def _only_evaluated(build_task: BuildTask) -> BuildTask:
+    return lambda config: build_task(config).only_evaluated()
 
 
 def _result(future: Future[MemoryEstimate | EstimateError]) -> MemoryEstimate | EstimateError:

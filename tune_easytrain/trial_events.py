@@ -40,11 +40,12 @@ def describe_plan(choice: StrategyChoice, opened: Opened, limit: int | None) -> 
         group = (opened.coupling and opened.coupling.group_size) or 1
         plan = BatchPlan.build(effective, limit, num_workers=settings.num_workers, group_size=group)
         warnings.append(check_exactness(plan, opened.coupling, settings.exact))
+    size = limit if settings.evaluates_only else None
     return Planned(
         device=opened.device_name,
         budget_bytes=opened.budget_bytes,
         effective_batch_size=effective,
-        microbatch_size=None if plan is None else plan.microbatch_size,
+        microbatch_size=size if plan is None else plan.microbatch_size,
         accumulation_steps=None if plan is None else plan.accumulation_steps,
         num_workers=settings.num_workers,
         warning="; ".join(filter(None, warnings)),

@@ -17,6 +17,7 @@ from tune_easytrain.memory_ladder import StrategyChoice
 from tune_easytrain.memory_plan import example_configs
 from tune_easytrain.microbatch_search import find_limit, microbatch_limit
 from tune_easytrain.probe import Attempt, describe_attempt
+from tune_easytrain.probe_log import describe_search
 from tune_easytrain.protocol import Opened, Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
@@ -61,9 +62,14 @@ class TrialProbe:
         lines = [
             f"Most samples at once: {probed.microbatch_size}, bounded by {probed.bounded_by}; "
             f"tries: {len(probed.attempts)}, {probed.seconds:.1f} s.",
-            f"Effective batch size {planned.effective_batch_size} in {planned.accumulation_steps} "
-            f"micro-batches of at most {planned.microbatch_size}.",
         ]
+        if planned.effective_batch_size is not None:
+            lines.append(
+                f"Effective batch size {planned.effective_batch_size} in {planned.accumulation_steps} "
+                f"micro-batches of at most {planned.microbatch_size}."
+            )
+        if probed.knob:
+            lines.append(next(describe_search(probed)))  # the tries have been told
         measured = "unknown" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
         if isinstance(self.estimate, EstimateError):
             lines.append(f"Measured peak {measured}; {self.estimate}.")
@@ -81,6 +87,8 @@ class TrialProbe:
             "effective_batch_size": self.planned.effective_batch_size,
             "largest_fitting": self.probed.microbatch_size,
             "bounded_by": self.probed.bounded_by,
+            "rule_of_thumb_size": self.probed.rule_of_thumb_size,
+            "estimated_size": self.probed.estimated_size,
             "memory_budget_bytes": self.probed.budget_bytes,
             "estimated_peak_bytes": self.estimated_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,

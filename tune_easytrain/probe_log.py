@@ -1,0 +1,42 @@
+"""The probe of a trial along a knob, told step by step. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from tune_easytrain.events import Probed
+from tune_easytrain.probe import Attempt, Outcome, describe_attempt
+
+
+def describe_search(event: Probed) -> Iterator[str]:
+    """Yield a line for the start, with rule of thumb and estimate side by side, each try, and the result.
+
+    The steps are those that the log of 003_598cc72a09f11bbd.txt shows.
+    """
+    tries = [Attempt(**{**attempt, "outcome": Outcome(attempt["outcome"])}) for attempt in event.attempts]
+    if not tries:
+        yield f"{event.knob}: micro-batch {event.microbatch_size}, known from another trial"
+        return
+    starts = f"rule of thumb {event.rule_of_thumb_size}, estimate {_estimated(event)}"
+    yield (
+        f"{event.knob}: looking for the largest micro-batch up to {event.limit} ({starts}), "
+        f"starting with {tries[0].microbatch_size}"
+    )
+    for tried, following in pairwise([*tries, None]):
+        assert tried is not None
+        line = f"  {'✓' if tried.ran else '✗'} {describe_attempt(tried, event.budget_bytes)}"
+        if following is not None:
+            is_larger = following.microbatch_size > tried.microbatch_size
+            line += f"; trying {'larger' if is_larger else 'smaller'}: {following.microbatch_size}"
+        yield line
+    if event.microbatch_size is None:
+        yield f"{event.knob}: not even one sample fits"
+    else:
+        yield f"{event.knob}: using micro-batch {event.microbatch_size}, bounded by {event.bounded_by}"
+
+
+def _estimated(event: Probed) -> str:
+    if event.estimated_size is not None:
+        return str(event.estimated_size)
+    return f"unknown ({event.no_estimate})" if event.no_estimate else "not made"

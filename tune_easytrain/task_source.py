@@ -11,13 +11,15 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import TaskError, did_you_mean
 from tune_easytrain.task import BuildTask
+
+if TYPE_CHECKING:
+    from tune_easytrain.config import SweepConfig  # pydantic, which a GPU image may lack
 
 
 def load_sweep_functions(

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_easytrain import cli_dashboard, cli_jobs, cli_report, cli_results
+from tune_easytrain import cli_dashboard, cli_jobs, cli_recommend, cli_report, cli_results
 from tune_easytrain.cli_options import (
     AsJson,
     File,
     MaxExperiments,
     Overrides,
     Quick,
+    StartFrom,
     print_table,
     to_err,
     to_out,
+    with_start,
 )
 from tune_easytrain.errors import BadInputError, TuneEasyTrainError
 from tune_easytrain.plain_text import printable
@@ -93,6 +95,7 @@ def plan(
     file: File,
     overrides: Overrides = None,
     quick: Quick = False,
+    start_from: StartFrom = None,
     max_experiments: MaxExperiments = None,
     hours_per_trial: Annotated[
         float | None, typer.Option(min=0, help="Hours one trial takes, to add up the whole sweep.")
@@ -121,7 +124,7 @@ def plan(
 
     accelerator = chosen_accelerator(device, memory)
     _check_pair_options(accelerator, write_pairs, power_of_two, as_json)
-    config = _load(file, overrides, quick)
+    config = _load(file, with_start(overrides, start_from), quick)
     sweep_plan = build_plan(config, max_experiments)
     memory_plan = None if accelerator is None else _memory_plan(config, accelerator, max_experiments)
     if write_pairs and memory_plan is not None:
@@ -143,10 +146,11 @@ def probe(
     trial: Annotated[int, typer.Option(help="The trial's number, as `plan` shows it.", show_default=False)],
     overrides: Overrides = None,
     quick: Quick = False,
+    start_from: StartFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Find one trial's largest micro-batch on this machine, and compare it with the estimate."""
-    config = _load(file, overrides, quick)
+    config = _load(file, with_start(overrides, start_from), quick)
     from tune_easytrain.trial_probe import probe_trial
 
     try:
@@ -172,6 +176,7 @@ def run(
     file: File,
     overrides: Overrides = None,
     quick: Quick = False,
+    start_from: StartFrom = None,
     address: Address = "local",
     max_experiments: MaxExperiments = None,
     debug: Annotated[
@@ -181,7 +186,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep and print its results; progress goes to standard error."""
-    config = _load(file, overrides, quick)
+    config = _load(file, with_start(overrides, start_from), quick)
     from tune_easytrain import sweep
 
     results = sweep.run(
@@ -211,6 +216,7 @@ def resume(
 cli_results.add_commands(app)
 cli_dashboard.add_commands(app)
 cli_report.add_commands(app)
+cli_recommend.add_commands(app)
 cli_jobs.add_commands(app)
 
 

@@ -32,6 +32,7 @@ _COMMANDS = {
     "dashboard": _Need(
         "dashboard", {"dash": "dash", "waitress": "waitress", "optuna": "optuna", "sklearn": "scikit-learn"}
     ),
+    "recommendation": _Need("lm", {"transformers": "transformers", "peft": "peft"}),
     "report": _Need("report", {"plotly": "plotly", "scipy": "scipy"}),
 }
 
@@ -59,7 +60,7 @@ def check_logger_packages(config: SweepConfig) -> None:
 
 
 def check_command_packages(command: str) -> None:
-    """Raise BadInputError where `dashboard` or `report` needs a package that is not installed here."""
+    """Raise BadInputError where what a command makes needs a package that is not installed here."""
     need = _COMMANDS[command]
     if missing := need.missing():
         raise BadInputError(

@@ -9,14 +9,19 @@ DEMO_DATA := $(CURDIR)/data/ucf101_demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo examples test lint docs bench clean
 
 help: ## Show what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-demo ## Nine video models on real clips under a small memory budget, on this machine
 	$(BIN)/python examples/make_demo_data.py $(DEMO_DATA)
 	$(BIN)/tune-easytrain run configs/ucf101_demo.yaml --set config.data.root=$(DEMO_DATA)
+
+examples: $(VENV)/.installed-examples ## Language models and vision-language models, small, on this machine
+	$(BIN)/tune-easytrain run configs/max_crops_demo.yaml
+	$(BIN)/tune-easytrain run configs/lm_finetune_demo.yaml
+	$(BIN)/tune-easytrain run configs/vlm_true_batch_demo.yaml
 
 test: $(VENV)/.installed-test ## Run the tests (no GPU needed)
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20

@@ -81,6 +81,8 @@ def results(
             _print_errors(found, frame)
         elif compare is None:
             print_results(found, frame, as_json)
+            if where and frame.empty and not as_json:
+                to_out(f"No trial has {' and '.join(where)}.")
         else:
             _print_comparison(frame, found.metric, as_json)
 
@@ -132,10 +134,10 @@ def _opened(run_dir: str | None, cluster: Path | None) -> Iterator[SweepResults]
 def _write(frame: pd.DataFrame, csv: Path | None, parquet: Path | None) -> None:
     from tune_easytrain.frame_files import write_csv, write_parquet
 
-    if csv is not None:
-        write_csv(frame, csv)
-    if parquet is not None:
-        write_parquet(frame, parquet)
+    for path, write in ((csv, write_csv), (parquet, write_parquet)):
+        if path is not None:
+            write(frame, path)
+            to_err(f"Written to {path}: {len(frame)} rows, {frame.shape[1]} columns")
 
 
 def _print_json(frame: pd.DataFrame) -> None:

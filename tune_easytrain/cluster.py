@@ -29,6 +29,7 @@ _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 
 _HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)\Z")
 _CONNECT_SECONDS = 10.0
+_CANNOT_CONNECT = (ConnectionError, ValueError, RuntimeError, AuthenticationError)
 _TOLERANCE = 1e-6
 _MOST_NODES = 1000  # no trial needs more, whatever an autoscaler may start
 
@@ -74,10 +75,15 @@ def ray_session(address: str | None, working_dir: str | None = None) -> Iterator
 def _connect(address: str | None, options: Mapping[str, Any]) -> None:
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
+    except Exception as error:  # a node that does not start in time is a bare Exception of Ray's
+        if type(error) is not Exception and not isinstance(error, _CANNOT_CONNECT):
+            raise
         reason = str(error).partition("\n")[0]
         if address == "local":
-            raise BadInputError(f"--address local: cannot start Ray on this machine: {reason}") from error
+            remedy = "; try again when the machine is less busy" if "timed out" in reason else ""
+            raise BadInputError(
+                f"--address local: cannot start Ray on this machine: {reason}{remedy}"
+            ) from error
         raise BadInputError(
             f"--address {address}: cannot join a Ray cluster: {reason}; if it asks for a token: "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"

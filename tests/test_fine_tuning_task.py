@@ -152,8 +152,24 @@ def test_what_is_traced_trains_and_generates_for_real(task: LanguageTask, change
     assert sum(moments) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_the_worst_batch_has_padding_and_so_a_mask() -> None:
-    task = build_fine_tuning_task(WAY)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("num_key_value_heads", [2, 4])
+def test_the_worst_batch_is_padded_where_padding_takes_more(precision: Any, num_key_value_heads: int) -> None:
+    shape = replace(SMALL, num_key_value_heads=num_key_value_heads)
+    way = replace(WAY, model=shape, precision=precision, sequence_length=128)
+    task = build_fine_tuning_task(way)
     assert task.worst_case is not None
-    mask = task.worst_case(3)["attention_mask"]
-    assert mask.sum(1).tolist() == [32, 32, 31]
+    worst_case, worst = task.worst_case, task.worst_case(3)["attention_mask"]
+    is_padded = precision == "bf16" or num_key_value_heads == shape.num_heads
+    assert worst.sum(1).tolist() == [128, 128, 127 if is_padded else 128]
+
+    def peak_bytes(is_padded: bool) -> int:
+        def batch(num_samples: int) -> dict[str, torch.Tensor]:
+            lengths = 128 - is_padded * (torch.arange(num_samples) == num_samples - 1).long()
+            mask = (torch.arange(128) < lengths[:, None]).long()
+            return worst_case(num_samples) | {"attention_mask": mask}
+
+        return estimate_task(replace(task, worst_case=batch), precision=precision).peak_bytes(16)
+
+    estimated = estimate_fine_tuning(way).peak_bytes(16)
+    assert estimated == max(peak_bytes(True), peak_bytes(False)) == peak_bytes(is_padded)

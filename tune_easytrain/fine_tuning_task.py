@@ -137,13 +137,15 @@ def _no_data() -> Dataset[Any]:
 
 
 def _worst_case(fine_tuning: FineTuning, num_samples: int) -> Batch:
-    """Return samples of the longest length, the last of them one token shorter and padded.
+    """Return samples of the longest length, the last of them one token shorter where padding takes more.
 
-    With padding, attention gets a mask, as it does in batches of texts.
+    With padding attention gets a mask, which takes memory. Without it, transformers leaves heads that share
+    keys to PyTorch, whose only kernel for them in fp32 keeps the whole matrix.
     """
-    length = fine_tuning.sequence_length
+    shape, length = fine_tuning.model, fine_tuning.sequence_length
     tokens = torch.ones(num_samples, length, dtype=torch.long)
-    lengths = length - (torch.arange(num_samples) == num_samples - 1).long()
+    is_padded = fine_tuning.precision == "bf16" or shape.num_heads == shape.num_key_value_heads
+    lengths = length - is_padded * (torch.arange(num_samples) == num_samples - 1).long()
     batch = {"input_ids": tokens, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
     targets: dict[str, dict[str, Any]] = {
         "classification": {"labels": torch.zeros(num_samples, dtype=torch.long)},

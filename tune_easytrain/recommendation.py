@@ -303,6 +303,14 @@ class Recommendation:
         return ["change", "one sample takes", "micro-batch", f"steps for {self.target}", "options"], rows
 
 
+def build_sizing(
+    fine_tuning: FineTuning, resident: ResidentMemory, estimate: MemoryEstimate, memory: Memory
+) -> Sizing:
+    """Return how many samples fit at once, by the rules of a probe."""
+    search = SearchPlan(limit=MOST_SAMPLES, budget_bytes=memory.budget_bytes, estimate=estimate)
+    return Sizing(fine_tuning, resident, estimate, search.estimated_size(MOST_SAMPLES))
+
+
 ResidentOf = Callable[[FineTuning], ResidentMemory]
 EstimateOf = Callable[[FineTuning], MemoryEstimate]
 
@@ -319,15 +327,13 @@ def recommend(
     Raises EstimateError where a way cannot be estimated.
     """
 
-    def size(way: FineTuning, *, always: bool = False) -> Sizing:
+    def size(way: FineTuning) -> Sizing:
         resident = resident_of(way)
-        if resident.total_bytes > memory.usable_bytes and not always:
+        if resident.total_bytes > memory.usable_bytes:
             return Sizing(way, resident, None, 0)
-        estimate = estimate_of(way)
-        search = SearchPlan(limit=MOST_SAMPLES, budget_bytes=memory.budget_bytes, estimate=estimate)
-        return Sizing(way, resident, estimate, search.estimated_size(MOST_SAMPLES))
+        return build_sizing(way, resident, estimate_of(way), memory)
 
-    asked = size(fine_tuning, always=True)
+    asked = build_sizing(fine_tuning, resident_of(fine_tuning), estimate_of(fine_tuning), memory)
     changed: list[ChangedSizing] = []
     if not asked.largest:
         alone = (change for kind in possible_changes(fine_tuning) for change in kind)

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from vlm_model import Answers, VisionLanguageModel, cross_entropy, joined
-from vlm_questions import IGNORED, Batch, collate, count_answer_tokens
+from vlm_questions import IGNORED, NUM_ANSWER_TOKENS, Batch, collate, count_answer_tokens
 
 from tune_easytrain import BadInputError, accumulate_gradients, split_batch
 
@@ -98,7 +98,7 @@ def train_adversarial(config: dict[str, Any], trial: Any) -> None:
     torch.manual_seed(settings.seed)
     model = task.model().to(trial.device).train()
     optimizers = build_optimizers(config, model)
-    scale = LossScale(settings.precision, trial.batch_plan.microbatch_size)
+    scale = LossScale(settings.precision, trial.batch_plan.microbatch_size * NUM_ANSWER_TOKENS)
     first_epoch = 0
     if (checkpoint := trial.load_checkpoint()) is not None:
         model.load_state_dict(checkpoint["model"])

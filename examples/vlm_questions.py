@@ -37,6 +37,9 @@ WORDS = sorted(
 )
 """The vocabulary after the four special tokens."""
 
+NUM_ANSWER_TOKENS = 2
+"""Those that the loss of a sample is a mean over: a word, and the end."""
+
 IGNORED = -100
 """The label of tokens that no loss is taken of."""
 

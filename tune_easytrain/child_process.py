@@ -36,7 +36,17 @@ TORCH_MODULES = ("torch", "torch._dynamo", "tune_easytrain.device_session")
 
 _FORKSERVER_SIGNALS = "tune_easytrain.forkserver_signals"
 _FUNCTION_MODULES = ("tune_easytrain.child_service",)
-_SLOW_MODULES = ("torchvision", "torchmetrics", "transformers", "timm", "av", "pandas")
+_SLOW_MODULES = (
+    "torchvision",
+    "torchmetrics",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+    "peft",
+    "timm",
+    "av",
+    "pandas",
+)
 _OUR_OWN = ("pandas",)  # loaded by this package wherever it reads results
 
 # Freed blocks go back to the system at once: a cap on a CPU is useless while malloc hoards them.

@@ -44,6 +44,7 @@ from tune_easytrain.task import Task
 CLIP_NORM = 1.0
 LORA_RANK = 16
 SIZES = (1, 8)
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +76,12 @@ class Case:
         return with_strategies(lm_finetune.build_task(config), checkpointing=self.checkpointing)
 
 
-def cases(model: str, vocabulary: int, length: int) -> list[Case]:
+def cases(model: str, vocabulary: int, length: int, precisions: Sequence[str] = PRECISIONS) -> list[Case]:
     """Return what is estimated."""
     return [
         Case(model, vocabulary, length, lora_rank, checkpointing, precision)
         for lora_rank in (0, LORA_RANK)
-        for precision in ("fp32", "bf16")
+        for precision in precisions
         for checkpointing in ("none", "blocks")
     ]
 
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128_256, help="tokens the model knows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="micro-batches, in samples")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="these alone")
     parser.add_argument("--markdown", type=Path, help="print the table of this file, measure nothing")
     options = parser.parse_args()
     print(HEADING)
@@ -184,7 +186,7 @@ def main() -> None:
         rows = [json.loads(line) for line in options.markdown.read_text().splitlines()]
         print("\n".join(map(markdown_row, rows)))
     else:
-        todo = cases(options.model, options.vocabulary, options.length)
+        todo = cases(options.model, options.vocabulary, options.length, options.precisions)
         rows = run_all(todo, options.sizes, options.device, options.json)
     print_summary(rows)
 

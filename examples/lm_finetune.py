@@ -10,9 +10,10 @@ of its weights are trained, or with `model.lora_rank` only adapters of that rank
 (LoRA, Hu et al. 2021, arXiv:2106.09685, by peft).
 
 The text is the documents (`*.txt`, UTF-8) of a folder and the folders in it, or without one the reference of
-the Python language as every Python has it (`pydoc_data.topics`). Whole documents are held out. A sample is a
-paragraph, longer ones in parts of `data.max_length` tokens, which share one token with the next. So every
-token of a paragraph is predicted once.
+the Python language as every Python has it (`pydoc_data.topics`). Whole documents are held out, without the
+paragraphs that stand in a training document, too. A sample is a paragraph, longer ones in parts of
+`data.max_length` tokens, each of which begins with the token that the one before ends with: every token but
+the first is predicted once.
 
 The loss is the mean over predicted tokens, and `Task.weight` counts them: a step's gradient is that of the
 mean over all tokens of its E samples, however they are parted. Batches are padded on the right to their
@@ -480,19 +481,21 @@ def open_samples(config: Mapping[str, Any], name: str) -> Samples:
 
     kept = cached(config, f"{name}_{digest(known_as, *map(str, wish), *documents)}.pt", encode)
     if not kept["lengths"]:
-        raise DataError(f"data: the {name} documents hold no text; give more of it")
+        raise DataError(f"data: the {name} documents hold no text of their own; give more of them")
     return Samples(kept["tokens"], kept["lengths"])
 
 
 def split_documents(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The texts by set, whole documents each, as the seed `data.split` decides.
 
-    Raises DataError where there are not two of them.
+    What is trained on is not evaluated: a document that comes twice counts once, and a paragraph of a
+    training document is left out of the others. Raises DataError where there are not two documents.
     """
-    documents = read_documents(config)
-    names = sorted(documents)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(_get(config, "data.split", 0)))
-    chosen = [names[place] for place in order.tolist()]
+    documents = sorted(set(read_documents(config).values()))
+    order = torch.randperm(
+        len(documents), generator=torch.Generator().manual_seed(_get(config, "data.split", 0))
+    )
+    chosen = [documents[place] for place in order.tolist()]
     chosen = chosen[: max(2, round(_get(config, "data.share", 1.0) * len(chosen)))]
     if len(chosen) < 2:
         raise DataError(
@@ -501,10 +504,13 @@ def split_documents(config: Mapping[str, Any]) -> dict[str, list[str]]:
         )
     num_validated = round(_get(config, "data.validation_share", 0.1) * len(chosen))
     num_validated = min(max(1, num_validated), len(chosen) - 1)
-    return {
-        "training": [documents[name] for name in chosen[num_validated:]],
-        "validation": [documents[name] for name in chosen[:num_validated]],
-    }
+    training = chosen[num_validated:]
+    known = {paragraph for document in training for paragraph in cut_document(document, "paragraphs")}
+    validation = [
+        "\n\n".join(part for part in cut_document(document, "paragraphs") if part not in known)
+        for document in chosen[:num_validated]
+    ]
+    return {"training": training, "validation": validation}
 
 
 def read_documents(config: Mapping[str, Any]) -> dict[str, str]:

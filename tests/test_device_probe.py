@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import build_hungry_task, build_task, make_config, make_opening
+from toys import build_generating_task, build_hungry_task, build_task, make_config, make_opening
 
 from tune_easytrain import NotEnoughMemoryError, ProbeResult, Task, find_microbatch
 from tune_easytrain.child_process import modules_to_preload
+from tune_easytrain.errors import TaskError
 from tune_easytrain.probe import Bound, Outcome
 from tune_easytrain.trial_children import TrialChildren
 
@@ -158,3 +159,23 @@ def test_every_child_of_a_trial_is_held_to_the_first_ones_budget(
     first = trial.open()
     trial.kill()
     assert trial.open().budget_bytes == first.budget_bytes
+
+
+def test_a_task_without_an_optimizer_is_evaluated_and_nothing_else() -> None:
+    config = {"model": {"max_crops": 16, "bytes_per_crop": MIB}}  # generation takes 16 MiB a sample
+    found = find_microbatch(
+        build_generating_task, config, device="cpu", limit=64, start=4, search="grow", budget_bytes=120 * MIB
+    )
+    assert tried(found) == [
+        (4, Outcome.FITS),
+        (6, Outcome.FITS),
+        (9, Outcome.OUT_OF_MEMORY),
+        (7, Outcome.OUT_OF_MEMORY),
+    ]
+
+
+def test_an_own_training_function_needs_an_optimizer_for_the_probe_to_try(tmp_path: Path) -> None:
+    config = {"model": {"max_crops": 1, "bytes_per_crop": MIB}}
+    opening = make_opening(build_generating_task, tmp_path, config=config, function_payload=b"any")
+    with pytest.raises(TaskError, match="no optimizer, so the probe cannot try"):
+        TrialChildren(opening).open()

@@ -647,3 +647,23 @@ def test_other_operations_at_other_sizes_are_traced_at_many(
     for size in (48, 300):
         assert ladder.tensor_bytes(size) == pytest.approx(direct.tensor_bytes(size), rel=0.02)
         assert ladder.peak_bytes(size) == pytest.approx(direct.peak_bytes(size), rel=0.02)
+
+
+def test_a_task_without_an_optimizer_is_only_evaluated() -> None:
+    evaluated = estimate_task(only_evaluated(small_perceptron()))
+    assert list(numbers(evaluated, 4)) == ["evaluation"]
+    weights = numbers(evaluated, 4)["evaluation"] - numbers(evaluated, 3)["evaluation"]
+    assert weights > 0
+    assert numbers(evaluated, 4)["evaluation"] < NUM_PARAMETERS + 4 * 4 * (256 + 1024 + 128)
+
+
+def only_evaluated(task: Task) -> Task:
+    return Task(model=task.model, loss=task.loss, worst_case=task.worst_case, val_data=task.train_data)
+
+
+def test_what_cannot_be_traced_of_a_task_that_is_only_evaluated_is_no_estimate() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        raise RuntimeError("out of ideas")
+
+    with pytest.raises(EstimateError, match="out of ideas"):
+        estimate_task(Task(model=lambda: nn.Linear(1, 1), loss=loss, val_data=lambda: [torch.ones(1)] * 8))

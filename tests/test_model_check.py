@@ -145,3 +145,39 @@ run: {{metric: train_loss}}
     assert fault.remedy == "give the task `lengths`, or remove the key"
     known = sweep(tmp_path, text.replace(", hides_lengths: true", ""))
     assert check_models(known, pickle_function(sequences.build_task, "task")) == 1
+
+
+def no_optimizer(config: dict[str, Any]) -> Task:
+    return Task(
+        model=lambda: nn.Linear(1, 1),
+        loss=lambda model, batch: batch,
+        val_data=None if config.get("without_data") else list,
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "constants", "told"),
+    [
+        ("", "{}", "train.function: the task has no optimizer; give it one, or write train.function: none"),
+        ("  function: none", "{without_data: true}", "train.function: the task has no val_data"),
+    ],
+)
+def test_a_task_that_cannot_do_what_it_is_asked_for_is_told(
+    tmp_path: Path, train: str, constants: str, told: str
+) -> None:
+    text = (
+        f"config: {constants}\ntrain:\n  seed: 0\n{train}\nbatch: {{effective_batch_size: 8}}\n"
+        "run: {metric: val_loss}\n"
+    )
+    (fault,) = faults(sweep(tmp_path, text), no_optimizer)
+    assert told in str(fault)
+
+
+def test_a_task_that_is_only_evaluated_reports_no_training_loss(tmp_path: Path) -> None:
+    text = "train: {function: none}\nrun:\n  metric: train_loss\n"
+    (fault,) = faults(sweep(tmp_path, text), build_task_of_small)
+    assert (fault.path, fault.line) == ("run.metric", 3)
+
+
+def build_task_of_small(config: dict[str, Any]) -> Task:
+    return build_task({**config, "model": {"type": "small"}})

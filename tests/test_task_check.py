@@ -40,6 +40,10 @@ def build_task(config: dict[str, Any]) -> Task:
     )
 
 
+def trial(fault: str | None, function: str | None = None) -> dict[str, Any]:
+    return {"fault": fault, "train": {"function": function}}
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -54,7 +58,21 @@ def build_task(config: dict[str, Any]) -> Task:
     ],
 )
 def test_everything_that_is_wrong_is_told(fault: str | None, told: list[str]) -> None:
-    assert check_task(CheckRequest(cloudpickle.dumps(build_task), {"fault": fault})) == told
+    assert check_task(CheckRequest(cloudpickle.dumps(build_task), trial(fault))) == told
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("train", ["val_data: ValueError: sample 0 is cut off"]),
+        (None, ["the task has no val_data, so there is nothing to evaluate it on"]),
+    ],
+)
+def test_of_a_task_that_is_only_evaluated_no_training_data_is_looked_at(
+    fault: str | None, told: list[str]
+) -> None:
+    told_here = check_task(CheckRequest(cloudpickle.dumps(build_task), trial(fault, function="none")))
+    assert told_here == told
 
 
 def test_a_module_that_is_missing_is_told_with_what_to_do() -> None:
@@ -65,7 +83,7 @@ def test_a_module_that_is_missing_is_told_with_what_to_do() -> None:
 
 def test_a_child_answers_and_ends() -> None:
     cloudpickle.register_pickle_by_value(__import__(__name__))
-    child = ChildProcess(CheckRequest(cloudpickle.dumps(build_task), {"fault": "val"}))
+    child = ChildProcess(CheckRequest(cloudpickle.dumps(build_task), trial("val")))
     try:
         assert child.receive(60) == ["val_data: ValueError: sample 0 is cut off"]
     finally:

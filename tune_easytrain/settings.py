@@ -187,7 +187,7 @@ def given_batch_size(config: Mapping[str, Any]) -> int | None:
 
 def evaluates_only(config: Mapping[str, Any]) -> bool:
     """Return whether a trial is evaluated once, and not trained."""
-    return bool(config["train"]["function"] == EVALUATE_ONLY)
+    return bool(config["train"].get("function") == EVALUATE_ONLY)
 
 
 def find_knob(config: Mapping[str, Any]) -> Knob | None:
@@ -195,7 +195,7 @@ def find_knob(config: Mapping[str, Any]) -> Knob | None:
 
     Raises BadInputError where the trial has no such value, or it is not a positive number.
     """
-    key = config["batch"]["knob"]
+    key = config["batch"].get("knob")
     if key is None:
         return None
     value: Any = config

@@ -505,3 +505,21 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
         (rank, wish, "fits") for rank in (0, 16) for wish in ("none", "blocks")
     ]
     assert all(row["estimated_peak_bytes"] > 4 * row["num_parameters"] for row in rows)
+
+
+def test_the_table_of_the_page_is_what_was_measured():
+    benchmark = ROOT / "benchmarks/language_model_memory"
+    table = subprocess.run(
+        [sys.executable, f"{benchmark}.py", "--markdown", f"{benchmark}_h100.jsonl"],
+        capture_output=True, text=True, check=True,
+    ).stdout.partition("\n\n")[0]  # fmt: skip
+    page = (ROOT / "docs/language-models.md").read_text()
+    assert table in page
+    rows = [json.loads(line) for line in Path(f"{benchmark}_h100.jsonl").read_text().splitlines()]
+    assert (
+        len({(r["lora_rank"], r["precision"], r["checkpointing"], r["microbatch_size"]) for r in rows}) == 16
+    )
+    above = [100 * (row["estimated_peak_bytes"] / row["peak_bytes"] - 1) for row in rows]
+    assert max(map(abs, above)) < 10
+    assert f"{min(above):.1f} to {max(above):.1f} % above the peak in all sixteen" in page
+    assert {f"{row['num_parameters']:,} parameters" in page for row in rows if not row["lora_rank"]} == {True}

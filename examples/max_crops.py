@@ -1,4 +1,4 @@
-"""A vision-language model that reads an image in crops: memory and accuracy go with `model.max_crops`.
+"""A vision-language model that reads an image in crops: its memory goes with `model.max_crops`.
 
     tune-easytrain run configs/max_crops_demo.yaml
     tune-easytrain run configs/max_crops.yaml --start-from 12

@@ -111,6 +111,8 @@ IGNORED = -100
 NUM_BYTES, SEPARATOR = 256, "<|end|>"
 """What a sample begins and ends with: a token of its own, behind the bytes where those are the tokens."""
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+
 ROPE_THETA = 500_000.0
 
 
@@ -596,6 +598,9 @@ def train_tokenizer(config: Mapping[str, Any]) -> str:
 def pretrained_encoder(folder: Path) -> tuple[Callable[[Sequence[str]], list[list[int]]], str]:
     """The same by the tokenizer in a model's folder."""
     transformers = import_package("transformers")
+    files = sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+    if not files:
+        raise DataError(f"model.path: {folder} holds no tokenizer; save it there, beside its model")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -608,7 +613,6 @@ def pretrained_encoder(folder: Path) -> tuple[Callable[[Sequence[str]], list[lis
         found = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [[*before, *ids, *after] for ids in found]
 
-    files = sorted(file for file in folder.glob("*token*") if file.is_file())
     return encode, digest(*(file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 

@@ -366,6 +366,8 @@ def test_a_folder_that_holds_no_model_is_told(pretrained, small, tmp_path):
     assert f"model.path: {tmp_path} has no config.json; give a folder that" in told("model")
     (tmp_path / "config.json").write_text((pretrained / "config.json").read_text())
     assert f"model.path: {tmp_path} holds no model that can be loaded" in told("model")
+    assert f"model.path: {tmp_path} holds no tokenizer; save it there" in told("train_data")
+    (tmp_path / "tokenizer.json").write_text("no tokenizer")
     assert f"model.path: {tmp_path} holds no tokenizer that can be loaded" in told("train_data")
 
 

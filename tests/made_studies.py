@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tune_easytrain.config import load_config
 from tune_easytrain.events import Created, Event, Failed, Finished, Planned, Reported, Started, append_events
+from tune_easytrain.origin import Origin
 from tune_easytrain.results import SweepResults, load_results
 from tune_easytrain.run_directory import RunDirectory, trial_id
+from tune_easytrain.search_space import expand_trials
 
 NUM_SAMPLES = 7046
 GIB = 2**30
@@ -102,3 +104,46 @@ def events_of(trained: Trained, num_epochs: int) -> list[Event]:
         accumulation_steps=math.ceil(trained.size / limit), num_workers=1,
     )  # fmt: skip
     return [*started, planned, *reports, Finished(reason="all epochs done")]
+
+
+def make_run_of(
+    folder: Path,
+    sweep: Path | dict[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    metric: Callable[[dict[str, Any]], float | None] = lambda _: 0.5,
+    max_trials: int | None = None,
+) -> SweepResults:
+    """Make a run directory of a sweep as it is run, whose trials report the metric of their configs.
+
+    A trial without a metric fails; those from `max_trials` on have not begun. A drawn key has no value.
+    """
+    config = load_config(sweep, overrides=overrides, quick=quick)
+    directory = RunDirectory.create(folder, config.name)
+    directory.save_sweep(config.resolved())
+    Origin.of(config).save(directory.origin_path)
+    for index, trial in enumerate(expand_trials(config)):
+        started: list[Event] = [Created(config=trial)]
+        if max_trials is None or index < max_trials:
+            started += [Started(config=trial), *_outcome(config.run.metric, trial, metric(trial))]
+        append_events(directory.trial_path(trial_id(index)), started)
+    return load_results(directory.path)
+
+
+def _outcome(name: str, config: dict[str, Any], metric: float | None) -> list[Event]:
+    limit = config.get("hp", {}).get("batch_size")
+    size = config["batch"]["effective_batch_size"] or limit
+    if metric is None or size is None:
+        return [Failed(error="OutOfMemoryError: not even one sample fits")]
+    microbatch_size = min(size, limit or size)
+    planned = Planned(
+        device="cpu", budget_bytes=GIB, effective_batch_size=size, microbatch_size=microbatch_size,
+        accumulation_steps=math.ceil(size / microbatch_size), num_workers=1,
+    )  # fmt: skip
+    epochs = config["train"]["epochs"] or 1
+    reports = [
+        Reported(metrics={"epoch": epoch, "epoch_seconds": 60.0, name: metric}, peak_memory_bytes=GIB)
+        for epoch in range(1, epochs + 1)
+    ]
+    return [planned, *reports, Finished(reason="all epochs done")]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_studies import Trained, make_study
+from made_studies import Trained, make_run_of, make_study
 
 from tune_easytrain.cli import app, main
 
@@ -46,6 +46,8 @@ def test_a_paper_gets_its_sentence_and_table(
     assert capsys.readouterr().out.startswith("We train swin")
     assert call(monkeypatch, run_dir, "--latex") == 0
     assert r"\toprule" in capsys.readouterr().out
+    assert call(monkeypatch, run_dir, "--latex", "--price", 2) == 0
+    assert "Cost at 2 an hour" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,15 @@ def test_a_folder_that_is_no_run_is_told(
 ) -> None:
     assert call(monkeypatch, tmp_path) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_sweep_that_only_evaluates_is_told_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = Path(__file__).parents[1] / "configs/iqa_demo.yaml"
+    run = make_run_of(tmp_path, demo, overrides=["train.function=none"])
+    assert call(monkeypatch, run.run_dir) == 2
+    assert f"tune-easytrain results {run.place}" in capsys.readouterr().err
 
 
 def test_the_command_is_there() -> None:

@@ -67,3 +67,20 @@ def test_every_row_has_its_cells(cells: list[str]) -> None:
     rows = table.split("\n")
     assert len(rows) == 3
     assert {len(re.findall(r"(?<!\\)\|", row.replace(r"\\", ""))) for row in rows} == {len(cells) + 1}
+
+
+@pytest.mark.parametrize(
+    ("x", "mode"),
+    [
+        ([8], "markers"),
+        ([8, 16], "markers"),
+        ([8, 16, 32], "lines+markers"),
+        ([8, 16, 16], "markers"),
+        ([8, 16, float("nan")], "markers"),
+    ],
+)
+def test_a_line_needs_three_places(x: list[float], mode: str) -> None:
+    pytest.importorskip("plotly")
+    figure = Figure("a", "b", "c", [Points("d", x, [0.5] * len(x), ["e"] * len(x))], is_logarithmic=True)
+    (content,) = re.findall(r"const f = (.*?); Plotly", as_html([figure], "x"))
+    assert [trace["mode"] for trace in json.loads(content)["data"]] == [mode]

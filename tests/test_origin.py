@@ -176,3 +176,24 @@ def test_a_sweep_from_a_dict_has_no_file(tmp_path: Path) -> None:
     assert (origin.sweep_file, origin.overrides, origin.code) == (None, (), {})
     origin.save(tmp_path / "origin.json")
     assert Origin.load(tmp_path / "origin.json").describe_changes(config.resolved()) == []
+
+
+def test_a_file_that_says_the_same_is_unchanged(tmp_path: Path) -> None:
+    project = Project(tmp_path, "train.epochs=5")
+    assert Origin.load(project.stored).is_unchanged(project.sweep)
+    project.edit("epochs: 2", "epochs: 9")  # --set holds now as then
+    assert Origin.load(project.stored).is_unchanged(project.sweep)
+    project.edit("effective_batch_size: 8", "effective_batch_size: many")
+    assert not Origin.load(project.stored).is_unchanged(project.sweep)
+    project.edit("effective_batch_size: many", "effective_batch_size: 9")
+    assert not Origin.load(project.stored).is_unchanged(project.sweep)
+    project.sweep_file.unlink()
+    assert not Origin.load(project.stored).is_unchanged(project.sweep)
+    assert not Origin(None, (), {}).is_unchanged(project.sweep)
+
+
+def test_a_function_is_found_by_the_file_it_came_from(tmp_path: Path) -> None:
+    origin = Origin.load(Project(tmp_path).stored)
+    assert origin.locate("tasks/toy.py:build_task") == f"{(tmp_path / 'tasks/toy.py').resolve()}:build_task"
+    assert origin.locate("own.py:train") == f"{(tmp_path / 'own.py').resolve()}:train"
+    assert [origin.locate(name) for name in ("other.py:train", "wn.py:train", "none", None)] == [None] * 4

@@ -3,10 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_studies import Trained, make_study
+from made_studies import Trained, make_run_of, make_study
 
-from tune_easytrain.document import as_html, as_markdown
+from tune_easytrain.document import Figure, as_html, as_markdown
 from tune_easytrain.report import Report, ReportOptions
+from tune_easytrain.report_unknown import Recipe
 from tune_easytrain.study import build_study
 
 pytest.importorskip("scipy")
@@ -24,7 +25,7 @@ TRIALS = [
 
 def text_of(folder: Path, trials: list[Trained], **options: object) -> str:
     study = build_study(make_study(folder, trials, num_epochs=30))
-    report = Report(study, ReportOptions(sweep_file="iqa.yaml", **options))  # type: ignore[arg-type]
+    report = Report(study, ReportOptions(recipes=[Recipe(sweep_file="iqa.yaml")], **options))  # type: ignore[arg-type]
     return as_markdown(report.blocks()).replace("\\", "")
 
 
@@ -87,3 +88,44 @@ def test_a_sweep_that_has_measured_nothing_says_so(tmp_path: Path, trials: list[
     assert "cannot be said" in text
     assert "nan" not in text
     assert "<figure>" not in as_html(blocks, "x")
+
+
+def test_no_line_joins_what_was_made_in_different_ways(tmp_path: Path) -> None:
+    trials = [Trained(size, 0, 0.9) for size in (16, 32, 64)]
+    trials += [Trained(size, 0, 0.8, limit=limit) for size, limit in ((64, 32), (128, 32), (64, 16))]
+    blocks = Report(build_study(make_study(tmp_path, trials)), ReportOptions()).blocks()
+    over_sizes = [block for block in blocks if isinstance(block, Figure) and block.is_logarithmic]
+    assert len(over_sizes) == 2
+    for figure in over_sizes:
+        assert {series.name: list(series.x) for series in figure.series} == {
+            "swin_b": [16, 32, 64],
+            "swin_b, micro-batches of 32": [64, 128],
+            "swin_b, micro-batches of 16": [64],
+        }
+
+
+def test_one_of_a_kind_is_told_in_the_singular(tmp_path: Path) -> None:
+    study = build_study(
+        make_study(tmp_path, [Trained(32, 0, 0.9), Trained(32, 1, 0.0, error="x")], num_epochs=1)
+    )
+    text = as_markdown(Report(study, ReportOptions()).blocks())
+    assert "E = 32, 1 epoch: about" in text
+    assert "there is 1 size, 1 trial." in text
+    assert "1 trial failed; it is in no mean." in text
+
+
+def test_each_rule_of_the_learning_rate_has_its_arms(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "configs/iqa_demo.yaml"
+    study = build_study(
+        make_run_of(tmp_path, demo), make_run_of(tmp_path, demo, overrides=["train.lr_scaling=linear"])
+    )
+    text = as_markdown(Report(study, ReportOptions()).blocks()).replace("\\", "")
+    assert "sqrt, E = 32 as 2 × 16: Learning rates grow with the square root of E / 32" in text
+    assert "linear, E = 32 as 2 × 16: Learning rates grow with E / 32" in text
+
+
+def test_what_only_evaluated_is_said_to_be_left_out(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "configs/iqa_demo.yaml"
+    run = make_run_of(tmp_path, demo, overrides=["grid_search.grid.train.function=[null, none]"])
+    text = as_markdown(Report(build_study(run), ReportOptions()).blocks())
+    assert "3 trials only evaluated (train.function: none), and are left out" in text

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import epoch, finished, make_run, trial_config
-from made_studies import GIB, NUM_SAMPLES, Trained, make_study
+from made_studies import GIB, NUM_SAMPLES, Trained, make_run_of, make_study
 
 from tune_easytrain.errors import BadInputError
-from tune_easytrain.study import build_study
+from tune_easytrain.study import NEUTRAL_KEYS, build_study
 
 
 def test_trials_that_differ_in_their_seeds_are_one_arm(tmp_path: Path) -> None:
@@ -122,3 +124,102 @@ def test_sweeps_with_other_metrics_are_no_study(tmp_path: Path) -> None:
     loss = make_study(tmp_path, [Trained(32, 0, 0.9)], run={"metric": "val_loss", "mode": "min"})
     with pytest.raises(BadInputError, match="val_loss"):
         build_study(srcc, loss)
+
+
+IQA_DEMO = Path(__file__).parents[1] / "configs/iqa_demo.yaml"
+
+
+def test_a_quick_run_is_not_pooled_with_the_full_one(tmp_path: Path) -> None:
+    def metric(config: dict[str, Any]) -> float:
+        return 0.5 if config["train"]["epochs"] == 2 else 0.9
+
+    runs = [make_run_of(tmp_path, IQA_DEMO, quick=quick, metric=metric) for quick in (True, False)]
+    study = build_study(*runs)
+    assert study.setting_keys == ("data.share", "train.epochs")
+    assert [(arm.name, arm.values) for arm in study.arms] == [
+        ("share = 0.5, epochs = 2, E = 16", [0.5]),
+        ("share = 0.5, epochs = 2, E = 32", [0.5]),
+        ("share = 0.5, epochs = 2, E = 32 as 2 × 16", [0.5]),
+        ("share not set, epochs = 12, E = 16", [0.9]),
+        ("share not set, epochs = 12, E = 32", [0.9]),
+        ("share not set, epochs = 12, E = 32 as 2 × 16", [0.9]),
+    ]
+    assert study.name == f"{runs[0].run_dir.name} and {runs[1].run_dir.name}"
+
+
+def test_runs_that_share_no_batch_size_are_not_one_setting(tmp_path: Path) -> None:
+    """The epochs go with the batch size here, but only since each run has a batch size of its own."""
+    lists = [f"grid_search.grid.{key}" for key in ("batch.effective_batch_size", "hp.batch_size")]
+    runs = [
+        make_run_of(
+            tmp_path, IQA_DEMO, overrides=[f"train.epochs={size}", *(f"{key}=[{size}]" for key in lists)]
+        )
+        for size in (4, 8)
+    ]
+    assert [arm.name for arm in build_study(*runs).arms] == ["epochs = 4, E = 4", "epochs = 8, E = 8"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "config.data.size=64",
+        "train.patience=2",
+        "train.lr_scaling=linear",
+        "memory.channels_last=true",
+        "task=examples/other.py:build_task",
+        "trial.num_workers=2",
+        "run.scheduler=asha",
+    ],
+)
+def test_whatever_an_outcome_may_come_of_tells_arms_apart(tmp_path: Path, override: str) -> None:
+    study = build_study(
+        make_run_of(tmp_path, IQA_DEMO), make_run_of(tmp_path, IQA_DEMO, overrides=[override])
+    )
+    key = override.partition("=")[0].removeprefix("config.")
+    assert study.setting_keys == (key,)
+    assert [len(arm.values) for arm in study.arms] == [1] * 6
+
+
+NEUTRAL = {
+    "train.seed": 5, "train.noise_scale": True, "train.loader_workers": 1, "batch.memory_fraction": 0.5,
+    "batch.memory_budget": "2GiB", "batch.probe": "off", "batch.search": "grow", "batch.start": 2,
+    "batch.knob": "data.crops", "batch.start_from": 1, "batch.probe_timeout": 5, "batch.exact": "warn",
+}  # fmt: skip
+
+
+def test_what_says_nothing_of_an_outcome_keeps_arms_together(tmp_path: Path) -> None:
+    assert set(NEUTRAL) == set(NEUTRAL_KEYS)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in NEUTRAL.items()]
+    overrides += [
+        "name=later", "grid_search.grid.train.seed=[1]", "run.storage=./other", "run.loggers=[tensorboard]",
+        "trial.resources.cpu=2", "trial.max_failures=0", "run.max_concurrent=1",
+    ]  # fmt: skip
+    study = build_study(make_run_of(tmp_path, IQA_DEMO), make_run_of(tmp_path, IQA_DEMO, overrides=overrides))
+    assert study.setting_keys == ()
+    assert [len(arm.values) for arm in study.arms] == [2] * 3
+    assert [arm.seeds for arm in study.arms] == [(0, 1)] * 3
+
+
+EVALUATE = "train.function=none"
+
+
+def test_trials_that_only_evaluate_are_left_out(tmp_path: Path) -> None:
+    trained = make_run_of(tmp_path, IQA_DEMO)
+    study = build_study(trained, make_run_of(tmp_path, IQA_DEMO, overrides=[EVALUATE]))
+    assert study.setting_keys == ()
+    assert [len(arm.values) for arm in study.arms] == [1] * 3
+    assert study.num_only_evaluated == 3
+    both = build_study(
+        make_run_of(tmp_path, IQA_DEMO, overrides=["grid_search.grid.train.function=[null, none]"])
+    )
+    assert (both.setting_keys, both.num_only_evaluated) == ((), 3)
+
+
+def test_a_sweep_that_only_evaluates_is_no_study(tmp_path: Path) -> None:
+    run = make_run_of(tmp_path, IQA_DEMO, overrides=[EVALUATE])
+    with pytest.raises(
+        BadInputError, match=f"no batch size to choose; use tune-easytrain results {run.place}"
+    ):
+        build_study(run)
+    with pytest.raises(BadInputError, match="only evaluates"):
+        build_study(make_run(tmp_path, [], train={"function": "none"}))

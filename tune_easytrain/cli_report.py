@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tune_easytrain.cli_options import to_err, to_out
 from tune_easytrain.errors import BadInputError
+
+if TYPE_CHECKING:
+    from tune_easytrain.report_unknown import Recipe
+    from tune_easytrain.results import SweepResults
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -58,17 +62,14 @@ def report(
     check_command_packages("report")
     from tune_easytrain import paper as papers
     from tune_easytrain.document import as_html, as_markdown
-    from tune_easytrain.origin import Origin
     from tune_easytrain.report import Report, ReportOptions
     from tune_easytrain.results import load_results
     from tune_easytrain.study import build_study
 
     runs = [load_results(run_dir) for run_dir in run_dirs]
     study = build_study(*runs)
-    origin = Origin.load(runs[0].run_dir / "origin.json")
-    options = ReportOptions(
-        allowed_loss=loss, target=target, price=price, sweep_file=origin.sweep_file or "FILE"
-    )
+    recipes = [_recipe(run) for run in runs]
+    options = ReportOptions(allowed_loss=loss, target=target, price=price, recipes=recipes)
     made = Report(study, options)
     if latex:
         text = papers.as_latex(made)
@@ -85,3 +86,39 @@ def report(
             f"-o {output}: cannot be written: {error.strerror}; choose another file"
         ) from None
     to_err(f"Written to {output}")
+
+
+def _recipe(run: SweepResults) -> Recipe:
+    """Return how a run was begun: by its sweep file, or its own record where that file says something else.
+
+    The record has what `--quick` and `--set` did, and is looked for where the run directory is.
+    """
+    from tune_easytrain.origin import Origin
+    from tune_easytrain.report_unknown import Recipe
+    from tune_easytrain.run_directory import RunDirectory
+    from tune_easytrain.settings import EVALUATE_ONLY
+    from tune_easytrain.study import FUNCTION_KEY
+
+    directory, sweep = RunDirectory(run.run_dir), run.sweep()
+    origin = Origin.load(directory.origin_path)
+    function = sweep["train"].get("function")
+    names_function = function not in (None, EVALUATE_ONLY) or FUNCTION_KEY in sweep["grid_search"]["grid"]
+    is_from_python = sweep.get("task") is None and not names_function
+    if origin.sweep_file is not None and origin.is_unchanged(sweep):
+        return Recipe(
+            sweep_file=origin.sweep_file,
+            is_quick=origin.quick,
+            overrides=origin.overrides,
+            is_from_python=is_from_python,
+        )
+    named = {"task": origin.locate(sweep.get("task")), "train.function": origin.locate(function)}
+    record = str(directory.sweep_path)
+    why = "no sweep file is known of it"
+    if origin.sweep_file is not None:
+        why = f"{origin.sweep_file} is gone or no longer says what was run"
+    return Recipe(
+        sweep_file=record,
+        overrides=[f"{key}={name}" for key, name in named.items() if name is not None],
+        is_from_python=is_from_python,
+        note=f"{run.place}: {why}, so commands begin with the record of the run, {record}.",
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.study import Arm, Study
-from tune_easytrain.study_plans import Plan, describe_hours, metric_text, number
+from tune_easytrain.study_plans import Plan, counted, describe_hours, metric_text, number
 
 _QUICK_SHARE = 3
 """A quick look takes that part of the epochs, as ten of thirty."""
@@ -24,7 +24,7 @@ def decision_tree(study: Study, plans: Sequence[Plan], allowed_loss: float) -> I
     quick = min(study.measured, key=lambda arm: arm.epoch_seconds)
     num_epochs = max(1, round(best.num_epochs / _QUICK_SHARE))
     hours = num_epochs * quick.epoch_seconds / 3600
-    yield f"   ├─ yes → {quick.name}, {num_epochs} epochs: about {describe_hours(hours)}"
+    yield f"   ├─ yes → {quick.name}, {counted(num_epochs, 'epoch')}: about {describe_hours(hours)}"
     yield f"   └─ no → may {study.metric} lose {number(allowed_loss)}?"
     if fast is None:
         yield "      ├─ yes → plan B cannot be said yet; see what is not known"

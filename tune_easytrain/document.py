@@ -54,7 +54,11 @@ class Points:
 
 @dataclass(frozen=True)
 class Figure:
-    """Points over two axes, joined where they are a series in `x`; Markdown leaves it out."""
+    """Points over two axes; Markdown leaves it out.
+
+    Over a logarithmic `x` the points of a series are joined, if they are three at least and no two of them
+    have one `x`: a line through two points would say more than they do.
+    """
 
     caption: str
     x_title: str
@@ -62,6 +66,8 @@ class Figure:
     series: Sequence[Points]
     is_logarithmic: bool = False
 
+
+_FEWEST_JOINED = 3
 
 Block = Heading | Paragraph | Code | Table | Figure
 
@@ -139,7 +145,9 @@ def _html_figure(figure: Figure, name: str) -> str:
         ]
         trace: dict[str, object] = {
             "type": "scatter",
-            "mode": "lines+markers" if figure.is_logarithmic else "markers",
+            "mode": "lines+markers"
+            if figure.is_logarithmic and _may_be_joined([x for x, *_ in pairs])
+            else "markers",
             "name": _escaped(points.name or "trials"),
             "x": [x for x, *_ in pairs],
             "y": [y for _, y, *_ in pairs],
@@ -167,6 +175,10 @@ def _html_figure(figure: Figure, name: str) -> str:
         f'<script>addEventListener("load", () => {{ const f = {content}; '
         f'Plotly.newPlot("{name}", f.data, f.layout, {{responsive: true, displaylogo: false}}); }});</script>'
     )
+
+
+def _may_be_joined(x: Sequence[float]) -> bool:
+    return len(set(x)) == len(x) >= _FEWEST_JOINED
 
 
 _PAGE = """<!DOCTYPE html>

@@ -60,6 +60,23 @@ class Origin:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return cls(None, [], {})
 
+    def is_unchanged(self, sweep: Mapping[str, Any]) -> bool:
+        """Return whether the sweep file, with what was added to it, still says what a sweep is."""
+        if self.sweep_file is None:
+            return False
+        try:
+            now = load_config(self.sweep_file, overrides=self.overrides, quick=self.quick).resolved()
+        except (ConfigError, OSError):
+            return False
+        return not any(_differences(json.loads(json.dumps(sweep)), now))
+
+    def locate(self, function: str | None) -> str | None:
+        """Return a function's name with the whole path of its file; None where its file was not noted."""
+        place, _, name = (function or "").rpartition(":")
+        parts = Path(place).parts
+        found = (path for path in self.code if place and Path(path).parts[-len(parts) :] == parts)
+        return next((f"{path}:{name}" for path in found), None)
+
     def describe_changes(self, sweep: Mapping[str, Any]) -> list[str]:
         """Return lines on what has changed since; none where nothing has.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.document import Block, Paragraph, Table
 from tune_easytrain.report import Report
-from tune_easytrain.study import Arm
-from tune_easytrain.study_plans import describe_hours, metric_text, number
+from tune_easytrain.study import Arm, Study
+from tune_easytrain.study_plans import cost_text, counted, describe_hours, metric_text, number
 from tune_easytrain.study_statistics import FEWEST_SEEDS
+from tune_easytrain.trial_space import MODEL_KEY, flatten_config
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#",
@@ -21,32 +24,44 @@ def sentence(report: Report) -> str:
     study, arm = report.study, report.plans[0].arm
     if arm is None:
         return "No trial has finished yet: there is nothing to write."
-    model = ", ".join(str(value) for value in arm.setting.values()) or study.name
+    model = _model(study, arm)
     made = ""
     if arm.is_accumulated:
         made = f", accumulated from {arm.accumulation_steps} micro-batches of {arm.microbatch_size}"
     devices = " or ".join(arm.devices) or "an unknown device"
     where = f"one {devices}" if arm.num_workers == 1 else f"{arm.num_workers} × {devices}"
-    patience = study.sweep.get("train", {}).get("patience")
+    patience = arm.config["train"].get("patience")
     stop = "" if patience is None else f", with early stopping (patience {patience})"
     said = (
         f"We train {model} with an effective batch size of {arm.effective_batch_size}{made} on {where}, for "
-        f"{number(arm.num_epochs)} epochs{stop} ({describe_hours(arm.hours)} a run)."
+        f"{counted(arm.num_epochs, 'epoch')}{stop} ({describe_hours(arm.hours)} a run)."
     )
     rivals = [other for other in study.measured if other.setting == arm.setting]
     sizes = sorted({other.effective_batch_size for other in rivals if other.effective_batch_size})
     if len(sizes) < FEWEST_SEEDS:
         return f"{said} No other batch size was measured."
     seeds = {len(other.values) for other in rivals}
-    number_of_seeds = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    word = "seed" if seeds == {1} else "seeds"
+    number_of_seeds = counted(max(seeds), "seed")
+    if len(seeds) > 1:
+        number_of_seeds = f"{min(seeds)} to {number_of_seeds}"
     listed = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
     chosen = (
-        f" The batch size was selected by ablation over {listed} ({number_of_seeds} {word} each): "
+        f" The batch size was selected by ablation over {listed} ({number_of_seeds} each): "
         f"{study.metric} {metric_text(arm)}."
     )
     caution = "" if min(seeds) >= FEWEST_SEEDS else " With a single seed the differences may be chance."
     return said + chosen + caution
+
+
+def _model(study: Study, arm: Arm) -> str:
+    """Return what was trained: the model, with what else of its setting tells it from other arms."""
+    model = flatten_config(arm.config).get(MODEL_KEY)
+    others = dataclasses.replace(
+        arm, setting={key: value for key, value in arm.setting.items() if key != MODEL_KEY}
+    ).setting_name
+    if model is None:
+        return others or study.name
+    return f"{model} ({others})" if others else str(model)
 
 
 def blocks(report: Report) -> list[Block]:
@@ -57,10 +72,15 @@ def blocks(report: Report) -> list[Block]:
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the ablation, of plan A's setting where there is one."""
-    study, best = report.study, report.plans[0].arm
+    study, best, price = report.study, report.plans[0].arm, report.options.price
     arms = [arm for arm in study.measured if best is None or arm.setting == best.setting]
     headings = ["Batch size", "Seeds", study.metric, "Epochs", "Time", "Peak memory"]
-    return headings, [_row(arm) for arm in arms]
+    rows = [_row(arm) for arm in arms]
+    if price is None:
+        return headings, rows
+    return [*headings, f"Cost at {price:g} an hour"], [
+        [*row, cost_text(arm, price)] for row, arm in zip(rows, arms, strict=True)
+    ]
 
 
 def _row(arm: Arm) -> list[str]:
@@ -78,6 +98,7 @@ def as_latex(report: Report) -> str:
     caption = f"Batch-size ablation of {report.study.name}."
     return "\n".join(
         [
+            r"% The table needs \usepackage{booktabs}.",
             latex(sentence(report)),
             "",
             r"\begin{table}",

@@ -11,10 +11,12 @@ from typing import Any
 from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.decision_tree import decision_tree
 from tune_easytrain.document import Block, Code, Figure, Heading, Paragraph, Points, Table
-from tune_easytrain.report_unknown import describe_unknown
+from tune_easytrain.report_unknown import Recipe, describe_unknown
 from tune_easytrain.study import Arm, Study, text_of
 from tune_easytrain.study_plans import (
     choose_plans,
+    cost_text,
+    counted,
     describe_counterpart,
     describe_hours,
     metric_text,
@@ -33,13 +35,13 @@ class ReportOptions:
             per cent of the best mean.
         target: the metric to be reached; None: the worst mean among the arms measured.
         price: of a device's hour, in whatever currency; None: costs are left out.
-        sweep_file: the sweep file's path, for commands.
+        recipes: how each run was begun, for commands; none: no command is told.
     """
 
     allowed_loss: float | None = None
     target: float | None = None
     price: float | None = None
-    sweep_file: str = "FILE"
+    recipes: Sequence[Recipe] = ()
 
 
 class Report:
@@ -74,7 +76,7 @@ class Report:
             *self._trends(),
             *self._learning_rates(),
             *self._noise(),
-            *describe_unknown(self.study, self.options.sweep_file),
+            *describe_unknown(self.study, self.options.recipes),
             *self._how(),
         ]
 
@@ -123,8 +125,7 @@ class Report:
                 "unknown" if arm.peak_memory_bytes is None else format_bytes(arm.peak_memory_bytes),
             ]
             if self.options.price is not None:
-                cost = arm.cost(self.options.price)
-                row.append("unknown" if math.isnan(cost) else f"{cost:.2f}")
+                row.append(cost_text(arm, self.options.price))
             rows.append(row)
         yield Table(headings, rows)
         sizes = {arm.num_samples for arm in self.study.measured}
@@ -148,13 +149,13 @@ class Report:
             "effective batch size", metric,
             [
                 self._series(name, arms, lambda arm: arm.mean, is_metric=True)
-                for name, arms in _by_setting(measured)
+                for name, arms in _by_making(measured)
             ],
             is_logarithmic=True,
         )  # fmt: skip
         yield Figure(
             "Hours of a training by effective batch size", "effective batch size", "hours",
-            [self._series(name, arms, lambda arm: arm.hours) for name, arms in _by_setting(measured)],
+            [self._series(name, arms, lambda arm: arm.hours) for name, arms in _by_making(measured)],
             is_logarithmic=True,
         )  # fmt: skip
         yield Figure(
@@ -228,7 +229,8 @@ class Report:
                 sizes = len({size for size, _ in points})
                 said = (
                     f"no trend is said. It needs {FEWEST_SIZES} batch sizes with {FEWEST_SEEDS} seeds each; "
-                    f"there are {sizes} sizes, {len(points)} trials."
+                    f"there {'is' if sizes == 1 else 'are'} {counted(sizes, 'size')}, "
+                    f"{counted(len(points), 'trial')}."
                 )
             else:
                 ends = f"{number(found.low)} to {number(found.high)} at {CONFIDENCE:.0%}"
@@ -242,15 +244,20 @@ class Report:
             yield Paragraph(f"{who}: {said}")
 
     def _learning_rates(self) -> Iterator[Block]:
-        train = self.study.sweep.get("train", {})
-        rule, base = train.get("lr_scaling", "none"), train.get("base_batch_size")
+        rules: dict[tuple[str, int | None], list[Arm]] = {}
+        for arm in self.study.arms:
+            train = arm.config["train"]
+            rule = (train.get("lr_scaling", "none"), train.get("base_batch_size"))
+            rules.setdefault(rule, []).append(arm)
         keys = list(dict.fromkeys(key for arm in self.study.arms for key in arm.settled))
         yield Heading("Learning rates", 2)
-        if rule == "none":
-            yield Paragraph("Learning rates were not scaled with the batch size (train.lr_scaling: none).")
-        else:
-            power = {"sqrt": "the square root of ", "linear": ""}.get(rule, "")
-            yield Paragraph(f"Learning rates grow with {power}E / {base} (train.lr_scaling: {rule}).")
+        for (name, base), arms in rules.items():
+            who = "" if len(rules) == 1 else f"{'; '.join(arm.name for arm in arms)}: "
+            said = "Learning rates were not scaled with the batch size"
+            if name != "none":
+                power = {"sqrt": "the square root of ", "linear": ""}.get(name, "")
+                said = f"Learning rates grow with {power}E / {base}"
+            yield Paragraph(f"{who}{said} (train.lr_scaling: {name}).")
         if keys:
             rows = [[arm.batch_name, *(text_of(arm.settled[key]) for key in keys)] for arm in self.study.arms]
             yield Paragraph("Paired with the batch size in the sweep file:")
@@ -277,14 +284,33 @@ class Report:
             f"counts with its best {self.study.metric} of any epoch, so it was chosen on the data it is told "
             "of: a test set of its own gives the figure for a paper. Means are over seeds, ± is one standard "
             "deviation, intervals are Student's and differences Welch's. Hours are those of training and "
-            f"evaluation. {num_failed} trials failed; they are in no mean."
+            f"evaluation. {counted(num_failed, 'trial')} failed{_left_out(num_failed)}."
         )
+        if number_left_out := self.study.num_only_evaluated:
+            yield Paragraph(
+                f"{counted(number_left_out, 'trial')} only evaluated (train.function: none), and "
+                f"{'is' if number_left_out == 1 else 'are'} left out; tune-easytrain results shows them all."
+            )
+
+
+def _left_out(num_failed: int) -> str:
+    return "" if num_failed == 0 else "; it is in no mean" if num_failed == 1 else "; they are in no mean"
+
+
+def _by_making(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
+    """Return the arms by what a line may join: one setting, in one piece or of like micro-batches."""
+    groups: dict[str, list[Arm]] = {}
+    for name, those in _by_setting(arms):
+        for arm in those:
+            made = f"micro-batches of {arm.microbatch_size}" if arm.is_accumulated else ""
+            groups.setdefault(", ".join(filter(None, (name, made))), []).append(arm)
+    return list(groups.items())
 
 
 def _by_setting(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(", ".join(text_of(value) for value in arm.setting.values()), []).append(arm)
+        groups.setdefault(arm.setting_name, []).append(arm)
     return list(groups.items())
 
 

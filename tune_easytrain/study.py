@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -14,10 +16,34 @@ from tune_easytrain.columns import Mode, is_missing
 from tune_easytrain.errors import BadInputError
 from tune_easytrain.frame import as_text
 from tune_easytrain.results import SweepResults
-from tune_easytrain.trial_space import BATCH_SIZE_KEY, EFFECTIVE_BATCH_SIZE_KEY, MODEL_KEY
+from tune_easytrain.settings import EVALUATE_ONLY
+from tune_easytrain.trial_space import (
+    BATCH_SIZE_KEY,
+    EFFECTIVE_BATCH_SIZE_KEY,
+    MODEL_KEY,
+    SECTION_NAMES,
+    flatten_config,
+)
 
 SEED_KEY = "train.seed"
-_RUN = "number of the run"
+FUNCTION_KEY = "train.function"
+NEUTRAL_KEYS = (
+    SEED_KEY,
+    "train.noise_scale",
+    "train.loader_workers",
+    "batch.memory_fraction",
+    "batch.memory_budget",
+    "batch.probe",
+    "batch.search",
+    "batch.start",
+    "batch.knob",
+    "batch.start_from",
+    "batch.probe_timeout",
+    "batch.exact",
+)
+"""Keys of a trial's config that may differ between runs whose trials are one arm: they say how memory and
+devices are used and what is measured, not what comes of a trial. So may all of `trial` and `run` but
+`trial.num_workers` and `run.scheduler`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +86,11 @@ class Arm:
         effective_batch_size: in samples; None where no trial knows it.
         limit: the most samples of a micro-batch as the file says (`hp.batch_size`); None: not in the grid.
         settled: config keys that follow from setting and batch size, such as a learning rate paired with it.
+        config: the nested config of its first trial, of the run with the number `run_number`.
+        seeds: of all its trials.
         runs: its finished trials.
         failures: the errors of its failed trials, by id.
-        num_unfinished: how many of its trials have not ended.
+        unfinished_runs: the number of the run of each trial that has not ended.
         microbatch_size, accumulation_steps: of its finished trials, those most have.
         samples_per_second: the mean of its finished trials' last epochs; NaN: not known.
         peak_memory_bytes: the most of its finished trials; None: not known.
@@ -77,9 +105,12 @@ class Arm:
     effective_batch_size: int | None
     limit: int | None
     settled: Mapping[str, Any]
+    config: Mapping[str, Any] = field(repr=False)
+    run_number: int
+    seeds: tuple[int, ...]
     runs: tuple[Run, ...]
     failures: Mapping[str, str]
-    num_unfinished: int
+    unfinished_runs: tuple[int, ...]
     microbatch_size: int | None = None
     accumulation_steps: int | None = None
     samples_per_second: float = math.nan
@@ -122,6 +153,11 @@ class Arm:
         return statistics.fmean(len(run.epoch_seconds) for run in self.runs) if self.runs else math.nan
 
     @property
+    def num_unfinished(self) -> int:
+        """How many of its trials have not ended."""
+        return len(self.unfinished_runs)
+
+    @property
     def is_accumulated(self) -> bool:
         """Whether a step is made of several micro-batches."""
         return (self.accumulation_steps or 1) > 1
@@ -129,7 +165,12 @@ class Arm:
     @property
     def name(self) -> str:
         """What tells it from the others: the setting, and the batch size with how it is made."""
-        return ", ".join([*(text_of(value) for value in self.setting.values()), self.batch_name])
+        return ", ".join(filter(None, (self.setting_name, self.batch_name)))
+
+    @property
+    def setting_name(self) -> str:
+        """The setting in words; empty where there is none."""
+        return ", ".join(_setting_text(key, value) for key, value in self.setting.items())
 
     @property
     def batch_name(self) -> str:
@@ -151,15 +192,16 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A sweep's arms, in the sweep's order.
+    """The arms of a sweep, or of several, in their order.
 
     Attributes:
-        name: the sweep's name.
+        name: the sweep's name; of several runs those of their directories.
         places: the run directories.
         metric, mode: what trials are judged by.
         arms: every model and batch size there is a trial of.
         setting_keys: the config keys that are compared beside batch sizes.
-        sweep: the sweep as it was run.
+        sweeps: each run's sweep as it was run.
+        num_only_evaluated: how many trials are left out, since they trained nothing.
     """
 
     name: str
@@ -168,7 +210,8 @@ class Study:
     mode: Mode
     arms: tuple[Arm, ...]
     setting_keys: tuple[str, ...]
-    sweep: Mapping[str, Any] = field(repr=False)
+    sweeps: tuple[Mapping[str, Any], ...] = field(repr=False)
+    num_only_evaluated: int = 0
 
     @property
     def measured(self) -> list[Arm]:
@@ -190,9 +233,95 @@ class Study:
 def build_study(*runs: SweepResults) -> Study:
     """Return what the results of a sweep say as they stand, or those of several about the same metric.
 
-    Of trials of an arm that have the same seed the last one counts. Raises BadInputError where the sweeps
-    are judged by different metrics.
+    Trials that only evaluate are left out. Of trials of an arm that have the same seed the last one counts.
+    Raises BadInputError where the sweeps are judged by different metrics, or none of them trains.
     """
+    _require_one_metric(runs)
+    trials = [trial for number, run in enumerate(runs) for trial in _trials(number, run)]
+    trained = [trial for trial in trials if trial.values.get(FUNCTION_KEY) != EVALUATE_ONLY]
+    if not trained and (trials or all(_only_evaluates(run) for run in runs)):
+        raise _nothing_trained(runs)
+    keys = _telling_keys(runs, trained)
+    has_limits = BATCH_SIZE_KEY in keys
+    others = [key for key in keys if key not in (EFFECTIVE_BATCH_SIZE_KEY, BATCH_SIZE_KEY, SEED_KEY)]
+    # What differs only between runs does not go with a batch size, be there one batch size for each run.
+    within = {key for run in runs for key in run.varied_keys()}
+    settled_keys = [key for key in others if key in within and _is_settled(trained, key)]
+    setting_keys = [key for key in others if key not in settled_keys]
+    groups: dict[str, list[_Trial]] = {}
+    for trial in trained:
+        limit = trial.values.get(BATCH_SIZE_KEY) if has_limits else None
+        setting = {key: trial.values.get(key) for key in setting_keys}
+        groups.setdefault(as_text([setting, trial.size, limit]), []).append(trial)
+    return Study(
+        name=_name(runs),
+        places=tuple(run.place for run in runs),
+        metric=runs[0].metric,
+        mode=runs[0].mode,
+        arms=tuple(
+            _arm(group, setting_keys, settled_keys, runs[0].metric, has_limits=has_limits)
+            for group in groups.values()
+        ),
+        setting_keys=tuple(setting_keys),
+        sweeps=tuple(run.sweep() for run in runs),
+        num_only_evaluated=len(trials) - len(trained),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A trial of a run: its row of the frame, its curve, its config as it is and by dotted keys."""
+
+    run_number: int
+    row: pd.Series[Any]
+    curve: pd.DataFrame | None
+    config: Mapping[str, Any]
+    values: Mapping[str, Any]
+
+    @property
+    def size(self) -> int | None:
+        """Its effective batch size: as it was planned, else as the sweep file has it; None: not known."""
+        named = (self.values.get(EFFECTIVE_BATCH_SIZE_KEY), self.values.get(BATCH_SIZE_KEY))
+        sizes = (self.row["effective_batch_size"], *named)
+        whole = (size for size in sizes if isinstance(size, Integral) and not isinstance(size, bool))
+        return next(map(int, whole), None)
+
+    @property
+    def seed(self) -> int | None:
+        """Its seed."""
+        return self.values.get(SEED_KEY)
+
+    def text(self, key: str) -> str:
+        """Return the value of a key as a text to compare by."""
+        return as_text(self.values.get(key))
+
+
+def _trials(number: int, run: SweepResults) -> Iterator[_Trial]:
+    """Yield a run's trials, each with the constants of its sweep where its own config says nothing."""
+    sweep, frame = run.sweep(), run.frame()
+    curves = {str(name): rows for name, rows in run.history().groupby("trial_id", sort=False)}
+    configs = {record.trial_id: record.config for record in run.records()}
+    constants = {**sweep["config"], **{name: sweep[name] for name in SECTION_NAMES}}
+    outside = {"task": sweep.get("task"), "run.scheduler": sweep["run"].get("scheduler")}
+    outside["trial.num_workers"] = (sweep.get("trial") or {}).get("num_workers")
+    for _, row in frame.iterrows():
+        name = str(row["trial_id"])
+        config = _merged(constants, configs[name])
+        values = {key: None if value == {} else value for key, value in flatten_config(config).items()}
+        yield _Trial(
+            run_number=number, row=row, curve=curves.get(name), config=config, values={**outside, **values}
+        )
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            merged[key] = _merged(below[key], above[key])
+    return merged
+
+
+def _require_one_metric(runs: Sequence[SweepResults]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if (run.metric, run.mode) != (first.metric, first.mode):
@@ -200,118 +329,107 @@ def build_study(*runs: SweepResults) -> Study:
                 f"{run.place} is judged by {run.metric} ({run.mode}), {first.place} by {first.metric} "
                 f"({first.mode}); report them on their own"
             )
-    frame = pd.concat(
-        [run.frame().assign(**{_RUN: number}) for number, run in enumerate(runs)], ignore_index=True
-    )
-    varied = [key for key in _varied_keys(runs, frame) if key in frame]
-    others = [key for key in varied if key not in (EFFECTIVE_BATCH_SIZE_KEY, BATCH_SIZE_KEY, SEED_KEY)]
-    sizes = _effective_sizes(frame)
-    limits = frame[BATCH_SIZE_KEY].tolist() if BATCH_SIZE_KEY in varied else [None] * len(frame)
-    settled_keys = [key for key in others if _is_settled(frame, key, sizes)]
-    setting_keys = [key for key in others if key not in settled_keys]
-    curves = {
-        (number, str(name)): rows
-        for number, run in enumerate(runs)
-        for name, rows in run.history().groupby("trial_id", sort=False)
-    }
-    groups: dict[str, list[int]] = {}
-    for row in range(len(frame)):
-        setting = {key: _plain(frame[key].iloc[row]) for key in setting_keys}
-        groups.setdefault(as_text([setting, sizes[row], _plain(limits[row])]), []).append(row)
-    arms = [
-        _arm(
-            frame.iloc[rows], sizes[rows[0]], _plain(limits[rows[0]]), setting_keys, settled_keys, curves,
-            first.metric,
-        )
-        for rows in groups.values()
-    ]  # fmt: skip
-    return Study(
-        name=str(first.sweep().get("name", "")),
-        places=tuple(run.place for run in runs),
-        metric=first.metric,
-        mode=first.mode,
-        arms=tuple(arms),
-        setting_keys=tuple(setting_keys),
-        sweep=first.sweep(),
+
+
+def _only_evaluates(run: SweepResults) -> bool:
+    return bool(run.sweep()["train"].get("function") == EVALUATE_ONLY)
+
+
+def _nothing_trained(runs: Sequence[SweepResults]) -> BadInputError:
+    commands = " and ".join(f"tune-easytrain results {shlex.quote(run.place)}" for run in runs)
+    return BadInputError(
+        f"{' and '.join(run.place for run in runs)}: every trial only evaluates ({FUNCTION_KEY}: "
+        f"{EVALUATE_ONLY}), so there is no batch size to choose; use {commands}"
     )
 
 
-def _varied_keys(runs: Sequence[SweepResults], frame: pd.DataFrame) -> list[str]:
-    """Return the columns of the keys that differ within a run's grid, or between the runs' grids."""
+def _name(runs: Sequence[SweepResults]) -> str:
+    """Return the sweep's name; of several runs that of each run directory, as their sweeps may share one."""
+    if len(runs) == 1:
+        return str(runs[0].sweep().get("name", ""))
+    return " and ".join(dict.fromkeys(run.place.rstrip("/").rpartition("/")[2] for run in runs))
+
+
+def _telling_keys(runs: Sequence[SweepResults], trials: Sequence[_Trial]) -> list[str]:
+    """Return the keys that tell trials apart: those of the grids, then those that differ between runs."""
     keys = dict.fromkeys(key for run in runs for key in run.varied_keys())
-    if len(runs) > 1:
-        for run in runs:
-            grid = run.sweep()["grid_search"]["grid"]
-            keys |= dict.fromkeys(
-                key for key in grid if key in frame and frame[key].astype(str).nunique() > 1
-            )
-    return [f"config.{key}" if f"config.{key}" in frame else key for key in keys]
+    if len({trial.text(FUNCTION_KEY) for trial in trials}) < 2:  # but for those that only evaluate
+        keys.pop(FUNCTION_KEY, None)
+    if len({trial.run_number for trial in trials}) > 1:
+        known = dict.fromkeys(key for trial in trials for key in trial.values if key not in NEUTRAL_KEYS)
+        keys |= dict.fromkeys(key for key in known if len({trial.text(key) for trial in trials}) > 1)
+    return list(keys)
 
 
 def text_of(value: Any) -> str:
     """Return a config's value as people read it."""
-    return value if isinstance(value, str) else "" if value is None else as_text(value)
+    return value if isinstance(value, str) else "not set" if value is None else as_text(value)
 
 
-def _effective_sizes(frame: pd.DataFrame) -> list[int | None]:
-    """Return each trial's effective batch size: as it was planned, else as the sweep file has it."""
-    columns = [
-        frame[name].tolist()
-        for name in ("effective_batch_size", EFFECTIVE_BATCH_SIZE_KEY, BATCH_SIZE_KEY)
-        if name in frame
-    ]
-    found = []
-    for values in zip(*columns, strict=True):
-        known = [int(value) for value in values if isinstance(value, int) and not isinstance(value, bool)]
-        found.append(known[0] if known else None)
-    return found
+def _setting_text(key: str, value: Any) -> str:
+    """Return a setting as it stands in a name: a text speaks for itself, a number needs its key."""
+    if isinstance(value, str):
+        return value
+    return f"{key.rpartition('.')[2]} {'=' if value is not None else ''} {text_of(value)}".replace("  ", " ")
 
 
-def _is_settled(frame: pd.DataFrame, key: str, sizes: Sequence[int | None]) -> bool:
+def _is_settled(trials: Sequence[_Trial], key: str) -> bool:
     """Return whether a key has one value for each of several batch sizes, as a rate paired with them has.
 
     The model never counts as settled: trials of one model at each batch size compare nothing.
     """
     known: dict[int | None, set[str]] = {}
-    for size, value in zip(sizes, frame[key].tolist(), strict=True):
-        known.setdefault(size, set()).add(as_text(_plain(value)))
+    for trial in trials:
+        known.setdefault(trial.size, set()).add(trial.text(key))
     return key != MODEL_KEY and len(known) > 1 and all(len(values) == 1 for values in known.values())
 
 
 def _arm(
-    rows: pd.DataFrame,
-    size: int | None,
-    limit: Any,
+    trials: Sequence[_Trial],
     setting_keys: Sequence[str],
     settled_keys: Sequence[str],
-    curves: Mapping[tuple[int, str], pd.DataFrame],
     metric: str,
+    *,
+    has_limits: bool,
 ) -> Arm:
-    done = rows[rows["state"].isin(["finished", "stopped"]) & rows[f"{metric}_best"].notna()]
-    done = done[~done[SEED_KEY].duplicated(keep="last") | done[SEED_KEY].isna()]
-    failed = rows[rows["state"] == "failed"]
-    ended = rows["state"].isin(["finished", "stopped", "failed"])
-    runs = [_run(row, curves.get((row[_RUN], str(row["trial_id"]))), metric) for _, row in done.iterrows()]
-    steps, epochs = done["optimizer_steps"].dropna(), done["epochs"].dropna()
-    samples = done["num_samples"].dropna()
+    first = trials[0]
+    by_seed = {
+        (trial.seed, number if trial.seed is None else None): trial
+        for number, trial in enumerate(trials)
+        if trial.row["state"] in ("finished", "stopped") and not is_missing(trial.row[f"{metric}_best"])
+    }
+    done = pd.DataFrame([trial.row for trial in by_seed.values()], columns=first.row.index)
+    states = [(trial, trial.row["state"]) for trial in trials]
+    unfinished = [trial for trial, state in states if state not in ("finished", "stopped", "failed")]
+    limit = first.values.get(BATCH_SIZE_KEY)
+    epochs = done["epochs"].dropna().tolist()
     return Arm(
-        setting={key: _plain(rows[key].iloc[0]) for key in setting_keys},
-        effective_batch_size=size,
-        limit=limit if isinstance(limit, int) else None,
-        settled={key: _plain(rows[key].iloc[0]) for key in settled_keys},
-        runs=tuple(runs),
-        failures=dict(zip(failed["trial_id"].tolist(), failed["error"].tolist(), strict=True)),
-        num_unfinished=int((~ended).sum()),
+        setting={key: first.values.get(key) for key in setting_keys},
+        effective_batch_size=first.size,
+        limit=limit if has_limits and isinstance(limit, int) else None,
+        settled={key: first.values.get(key) for key in settled_keys},
+        config=first.config,
+        run_number=first.run_number,
+        seeds=tuple(sorted({trial.seed for trial in trials if isinstance(trial.seed, int)})),
+        runs=tuple(_run(trial.row, trial.curve, metric) for trial in by_seed.values()),
+        failures={
+            str(trial.row["trial_id"]): trial.row["error"] for trial, state in states if state == "failed"
+        },
+        unfinished_runs=tuple(trial.run_number for trial in unfinished),
         microbatch_size=_most_common(done["microbatch_size"]),
         accumulation_steps=_most_common(done["accumulation_steps"]),
-        samples_per_second=float(done["samples_per_second"].mean()),
+        samples_per_second=_mean(done["samples_per_second"]),
         peak_memory_bytes=_largest(done["peak_memory_bytes"]),
-        steps_per_epoch=_an_epoch(steps.tolist(), epochs.tolist()),
-        num_samples=_an_epoch(samples.tolist(), epochs.tolist()),
-        noise_scale=float(done["gradient_noise_scale"].mean()),
+        steps_per_epoch=_an_epoch(done["optimizer_steps"].dropna().tolist(), epochs),
+        num_samples=_an_epoch(done["num_samples"].dropna().tolist(), epochs),
+        noise_scale=_mean(done["gradient_noise_scale"]),
         num_workers=_most_common(done["num_workers"]) or 1,
         devices=tuple(dict.fromkeys(str(name) for name in done["device"].dropna())),
     )
+
+
+def _mean(values: pd.Series[Any]) -> float:
+    return statistics.fmean(values.dropna()) if values.notna().any() else math.nan
 
 
 def _run(row: pd.Series[Any], curve: pd.DataFrame | None, metric: str) -> Run:
@@ -347,7 +465,3 @@ def _an_epoch(totals: Sequence[int], epochs: Sequence[int]) -> int | None:
         return None
     ((share, rest),) = shares
     return share if rest == 0 else None
-
-
-def _plain(value: Any) -> Any:
-    return None if is_missing(value) else value

@@ -198,6 +198,18 @@ def describe_hours(hours: float) -> str:
     return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
 
 
+def cost_text(arm: Arm, price_per_hour: float) -> str:
+    """Return what a trial costs, in hundredths."""
+    cost = arm.cost(price_per_hour)
+    return "unknown" if math.isnan(cost) else f"{cost:.2f}"
+
+
+def counted(value: float, noun: str) -> str:
+    """Return a number with what is counted: `1 epoch`, `2.5 epochs`."""
+    shown = str(value) if isinstance(value, int) else number(value)
+    return f"{shown} {noun}{'' if value == 1 else 's'}"
+
+
 def number(value: float) -> str:
     """Return a number with four digits; `unknown` for NaN."""
     return "unknown" if math.isnan(value) else f"{value:.4g}"

@@ -14,7 +14,8 @@ same images, of one size.
   estimate counts them; `of peak` is their share of what a product of square matrices reaches here; `busy` is
   the share of time in which the GPU computes, the sum of its kernels' times. Where it is busy and near the
   peak the arithmetic bounds the speed, where it is busy and far from it the memory or the shapes do, and else
-  the host that starts the kernels.
+  the host that starts the kernels. `products` and `attention` are those kernels' shares of what all take.
+  With `--compile` the decoder's layers are compiled by torch.compile.
 - `table`: the largest micro-batch within the budget, by the estimate, by the estimate with
   `memory.checkpointing: blocks`, and as the probe confirms it on the device.
 
@@ -53,6 +54,8 @@ SOURCE_RANGES = {224: "16–20", 336: "10–12", 448: "6–8"}
 MODELS = ("llava_1_5_7b", "llava_tinyllama_1b", "llava_smollm_360m")
 WAYS = ("together", "one by one", "one backward")
 LIMIT = 64
+KERNELS = {"attention": ("flash", "fmha", "sdpa"), "products": ("gemm", "nvjet", "cutlass", "xmma", "conv")}
+"""What names of kernels tell their kind by."""
 
 
 def build_task(config: dict[str, Any]) -> te.Task:
@@ -81,13 +84,18 @@ def config_of(name: str, size: int, precision: str, lora_rank: int = 0) -> dict[
 class Trainer:
     """A model on its device, and a batch of it, to be trained in one of the ways."""
 
-    def __init__(self, config: dict[str, Any], num_samples: int, device: torch.device) -> None:
+    def __init__(
+        self, config: dict[str, Any], num_samples: int, device: torch.device, is_compiled: bool
+    ) -> None:
         size, self._precision = (config["model"][key] for key in ("unified_image_size", "backbone_dtype"))
         self._device = device
         torch.manual_seed(0)
         with device:
             self._model = vlm_true_batch.build_model(config)
         self._model.to(device).train()
+        if is_compiled:
+            for layer in self._model.llava.get_submodule("model.language_model.layers"):
+                layer.compile()
         batch = longest_batch(num_samples, size, longest_text=TEXT_TOKENS)
         batch["pixels"].random_(generator=torch.Generator().manual_seed(0))
         self._batch = move_batch(batch, device)
@@ -108,15 +116,13 @@ class Trainer:
             return vlm_true_batch.answer_loss(model, batch)
 
 
-def measure_speed(
-    what: dict[str, Any], lora_rank: int, num_samples: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
+def measure_speed(what: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield a row for each of the ways."""
-    precision = what["precision"]
-    config = config_of(what["model"], what["size"], precision, lora_rank)
+    precision, num_samples = what["precision"], what["num_samples"]
+    config = config_of(what["model"], what["size"], precision, what["lora_rank"])
     estimate = te.estimate_memory(build_task, config, precision=precision)
     peak = measure_matrix_product(precision, device)
-    trainer = Trainer(config, num_samples, device)
+    trainer = Trainer(config, num_samples, device, what["compiled"])
     for way in WAYS:
         row = {**what, "way": way}
         try:
@@ -125,7 +131,7 @@ def measure_speed(
             yield {**row, "error": "out of memory"}
             continue
         tflops = 1e-12 * estimate.flops_per_sample * num_samples / seconds
-        busy = busy_share(lambda way=way: trainer.step(way), device, seconds)
+        busy = kernel_seconds(lambda way=way: trainer.step(way), device)
         yield {
             **row,
             "samples_per_second": num_samples / seconds,
@@ -133,7 +139,8 @@ def measure_speed(
             "tflops": tflops,
             "share_of_peak": tflops / peak,
             "peak_tflops": peak,
-            "busy_share": busy,
+            "busy_share": min(1.0, sum(busy.values()) / seconds) if busy else None,
+            "kernel_seconds": busy,
         }
 
 
@@ -157,17 +164,20 @@ def measure_step(step: Callable[[], None], device: torch.device) -> tuple[float,
     return sorted(seconds)[len(seconds) // 2], peak
 
 
-def busy_share(step: Callable[[], None], device: torch.device, seconds: float) -> float | None:
-    """Return the share of a step's seconds in which the GPU computes; None on a CPU."""
+def kernel_seconds(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Return the seconds that a GPU's kernels of each kind take in a step; empty on a CPU."""
     if device.type != "cuda":
-        return None
+        return {}
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    busy = sum(event.self_device_time_total for event in profiler.key_averages())
-    return min(1.0, 1e-6 * busy / seconds)
+    seconds = dict.fromkeys((*KERNELS, "other"), 0.0)
+    for event in profiler.key_averages():
+        kinds = (kind for kind, names in KERNELS.items() if any(name in event.key for name in names))
+        seconds[next(kinds, "other")] += 1e-6 * event.self_device_time_total
+    return seconds
 
 
 def measure_matrix_product(precision: str, device: torch.device) -> float:
@@ -236,8 +246,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callabl
             for name in names:
                 what = {"part": "speed", "model": name, "size": size, "precision": precision}
                 what |= {"num_samples": options.num_samples, "lora_rank": options.lora_rank}
-                arguments = (what, options.lora_rank, options.num_samples, device)
-                yield what, lambda arguments=arguments: measure_speed(*arguments)
+                what["compiled"] = options.compile
+                yield what, lambda what=what: measure_speed(what, device)
     if options.part != "speed":
         for size in sizes:
             what = {"part": "table", "model": names[0], "size": size, "precision": precisions[0]}
@@ -249,11 +259,15 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     """Print what was measured as tables in Markdown."""
     speed = [row for row in rows if row["part"] == "speed"]
     if speed:
-        print_heading("decoder precision batch way samples/s ratio peak,_GiB ratio TFLOP/s of_peak busy")
+        print_heading(
+            "decoder precision batch way samples/s ratio peak,_GiB ratio TFLOP/s of_peak busy products "
+            "attention"
+        )
     for row in speed:
-        key = ("model", "precision", "num_samples", "size", "lora_rank")
-        base = next(r for r in speed if r["way"] == "one by one" and all(r[k] == row[k] for k in key))
-        cells = [row["model"], row["precision"], row["num_samples"], row["way"]]
+        key = ("model", "precision", "num_samples", "size", "lora_rank", "compiled")
+        base = next(r for r in speed if r["way"] == "one by one" and all(r.get(k) == row.get(k) for k in key))
+        way = f"{row['way']}, compiled" if row.get("compiled") else row["way"]
+        cells = [row["model"], row["precision"], row["num_samples"], way]
         if "error" in row or "error" in base:
             cells += [row.get("error", "")]
         else:
@@ -262,6 +276,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             cells += [f"{rate:.2f}", f"{rate / base['samples_per_second']:.2f}", *memory]
             cells += [f"{row['tflops']:.3g}", f"{row['share_of_peak']:.0%}"]
             cells += ["–" if row["busy_share"] is None else f"{row['busy_share']:.0%}"]
+            kernels = row.get("kernel_seconds") or {}
+            total = sum(kernels.values())
+            cells += [f"{kernels[kind] / total:.0%}" if total else "–" for kind in ("products", "attention")]
         print("| " + " | ".join(map(str, cells)) + " |")
     fits = [row for row in rows if row["part"] == "table"]
     if fits:
@@ -296,13 +313,14 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp16,bf16")
     parser.add_argument("--num-samples", type=int, default=10, help="samples of a batch (default: 10)")
     parser.add_argument("--lora-rank", type=int, default=0, help="adapters of the decoder (default: none)")
+    parser.add_argument("--compile", action="store_true", help="the decoder's layers by torch.compile")
     options = parser.parse_args()
     if options.markdown:
         print_tables(load(options.markdown))
         return
     rows = load(options.json)
     for what, measure in cases(options):
-        if any(all(row[key] == value for key, value in what.items()) for row in rows):
+        if any(all(row.get(key, False) == value for key, value in what.items()) for row in rows):
             continue
         for row in measure():
             print(json.dumps(row), file=sys.stderr, flush=True)

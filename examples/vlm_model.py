@@ -225,9 +225,13 @@ def where_to_build(name: str) -> Any:
 
 
 def build_llava(name: str, dtype: torch.dtype) -> nn.Module:
-    """transformers' LLaVA of one of the ARCHITECTURES."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
+    """transformers' LLaVA of one of the ARCHITECTURES; raises BadInputError where that is not installed."""
+    try:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    except ImportError:
+        raise BadInputError(
+            "the model needs transformers, which is not installed; pip install 'tune-easytrain[lm]'"
+        ) from None
     tower, (width, inner, layers, heads, key_heads, vocabulary) = ARCHITECTURES[name]
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(patch_size=PATCH, **tower),
@@ -265,7 +269,8 @@ def add_adapters(decoder: nn.Module, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise BadInputError(
-            "model.lora_rank needs peft, which is not installed; pip install peft, or set model.lora_rank: 0"
+            "model.lora_rank needs peft, which is not installed; pip install 'tune-easytrain[lm]', or set "
+            "model.lora_rank: 0"
         ) from None
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"])
     inject_adapter_in_model(adapters, decoder)
@@ -342,6 +347,8 @@ def merge_tokens(tokens: Tensor, num_left: int) -> Tensor:
     Every second token may be merged into the one of the others that it is most like, as the mean of all that
     are merged into it. Source: Bolya et al. 2023, arXiv:2210.09461, with one step for all.
     """
+    if tokens.shape[1] == num_left:
+        return tokens
     unit = F.normalize(tokens.detach(), dim=-1)
     likeness, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
     num_gone = tokens.shape[1] - num_left

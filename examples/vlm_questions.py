@@ -157,12 +157,13 @@ def find_photos() -> list[Path]:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise DataError(
-                f"the photos come with {package}, which is not installed; pip install 'tune-easytrain[vlm]'"
+                f"the photos come with {package}, which is not installed; pip install "
+                "'tune-easytrain[lm,iqa]'"
             )
         found += [Path(spec.origin).parent / folder / name for name in names]
     for path in found:
         if not path.is_file():
-            raise DataError(f"{path} is not there; pip install --upgrade 'tune-easytrain[vlm]'")
+            raise DataError(f"{path} is not there; pip install --upgrade 'tune-easytrain[lm,iqa]'")
     return found
 
 

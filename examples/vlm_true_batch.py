@@ -250,6 +250,9 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Fault | None]:
         remedy = f"give a list of layers, from 0 to {last}"
         yield Fault("config", "model.prune_layers", f"{layers!r} cannot be used", remedy)
     dtype, precision = _get(config, "model.backbone_dtype", "fp32"), _get(config, "train.precision")
+    if _get(config, "model.lora_rank", 0) and not frozen:
+        remedy = "set model.freeze_backbone: true"
+        yield Fault("config", "model.lora_rank", "adapts a backbone that is trained itself", remedy)
     if dtype != "fp32" and not frozen:
         remedy = "set model.freeze_backbone: true, or leave the type to train.precision"
         yield Fault("config", "model.backbone_dtype", f"is {dtype} of what is trained", remedy)

@@ -15,6 +15,7 @@ from toys import make_settings
 
 import tune_easytrain as te
 from tune_easytrain.batch_plan import BatchPlan
+from tune_easytrain.checkpointing import apply_checkpointing
 from tune_easytrain.host_memory import CpuMemory
 from tune_easytrain.loader import EpochLoader
 from tune_easytrain.protocol import PlanChanged, Report
@@ -202,6 +203,7 @@ def test_merging_takes_the_most_alike():
     expected[4] = (tokens[0, 5] + tokens[0, 2]) / 2
     assert torch.allclose(merged[0], expected)
     assert torch.equal(vlm_model.merge_tokens(tokens, 8), tokens)
+    assert torch.equal(vlm_model.merge_tokens(tokens[:, :1], 1), tokens[:, :1])
     half = vlm_model.merge_tokens(torch.randn(3, 9, 4), 5)
     assert half.shape == (3, 5, 4)
 
@@ -226,6 +228,16 @@ def test_pruned_layers_see_fewer_tokens_with_the_positions_they_had():
     assert whole.num_vision_tokens == 16
     assert seen[3:] == [(length, length)] * 3
     assert not torch.allclose(whole.logits, answers.logits)
+
+
+def test_pruned_layers_can_be_computed_again():
+    """With memory.checkpointing the hooks are gone when the backward pass comes to a layer's second pass."""
+    config = tiny(model={"prune_layers": [0, 2], "merge_keep": 0.7})
+    model, batch = build(config), read_batch(config, 4)
+    expected_loss, expected = vlm.train_step_batch(model, batch).loss, gradients(model)
+    apply_checkpointing(model, "blocks")
+    assert vlm.train_step_batch(model, batch).loss == pytest.approx(expected_loss)
+    assert difference(expected, gradients(model)) < 1e-8
 
 
 def test_what_is_kept_is_what_is_most_like_the_question():
@@ -634,13 +646,18 @@ def test_adapters_are_trained_beside_the_projector():
 
 def test_without_peft_adapters_are_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(te.ConfigError, match=r"model\.lora_rank: adapts a backbone that is trained itself"):
+        vlm.build_task(tiny(model={"lora_rank": 2}))
     with pytest.raises(te.BadInputError, match=r"model\.lora_rank needs peft"):
         vlm.build_model(tiny(model={"lora_rank": 2}))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(te.BadInputError, match=r"needs transformers.* pip install 'tune-easytrain\[lm\]'"):
+        vlm.build_model(tiny())
 
 
 def test_packages_that_are_not_installed_are_told(monkeypatch):
     monkeypatch.setattr(vlm_questions, "find_spec", lambda name: None)
-    with pytest.raises(te.DataError, match=r"pip install 'tune-easytrain\[vlm\]'"):
+    with pytest.raises(te.DataError, match=r"pip install 'tune-easytrain\[lm,iqa\]'"):
         vlm.build_task(tiny()).train_data()
 
 

@@ -60,9 +60,12 @@ PAGES = [*DOCS, "CHANGELOG.md"]
 OPTIONAL_PACKAGES = {
     "docs/accumulation.md": ("lightning_fabric", "accelerate"),
     "docs/iqa.md": ("skimage", "sklearn"),
+    "docs/language-models.md": ("transformers", "peft"),
     "docs/loggers.md": ("tensorboard",),
     "docs/dashboard.md": ("dash",),
+    "docs/recommend.md": ("transformers", "peft"),
     "docs/report.md": ("plotly", "scipy"),
+    "docs/workload-knobs.md": ("skimage", "sklearn"),
     "docs/comparison.md": ("accelerate", "optuna"),
 }
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
@@ -159,6 +162,7 @@ NOT_RUN: dict[str, tuple[str, Check]] = {
     "pip install --editable '.[video,dashboard,report]'": ("installs", check_pip),
     "pip install --editable '.[torchcodec]'": ("installs", check_pip),
     "pip install --editable '.[iqa]'": ("installs", check_pip),
+    "pip install 'tune-easytrain[lm]'": ("installs", check_pip),
     "tune-easytrain run configs/iqa_batch_study.yaml --set config.data.root=/data/koniq10k --quick": (
         "needs KonIQ-10k and a GPU",
         check_options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_the_scenarios_of_the_source_are_gone_through_exactly(
     result = find_largest(attempt, plan)
     assert [tried.microbatch_size for tried in result.attempts] == sizes
     assert result.microbatch_size == found
+
+
+def test_where_nothing_is_trained_a_flushed_cache_does_not_make_a_size_smaller() -> None:
+    def attempt(size: int) -> Attempt:
+        fits = Outcome.FITS if size < 19 else Outcome.ALLOCATOR_RETRIED
+        return Attempt(size, fits if size < 30 else Outcome.OUT_OF_MEMORY, size, 0.0)
+
+    plan = SearchPlan(limit=64, budget_bytes=64, start=19, search="grow")
+    evaluating = replace(plan, accepts_retries=True)
+    assert [a.microbatch_size for a in find_largest(attempt, plan).attempts] == [19, 9, 14, 16]
+    assert [a.microbatch_size for a in find_largest(attempt, evaluating).attempts] == [19, 28, 42, 35, 31]
 
 
 def make_sweep(**batch: Any) -> te.SweepConfig:

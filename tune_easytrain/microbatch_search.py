@@ -119,6 +119,8 @@ def search_plan(
         start=settings.given_start(question.limit),
         search=settings.search,
         estimate=estimate,
+        # Generation leaves blocks of many sizes behind: a flush says little about how near the edge is.
+        accepts_retries=settings.evaluates_only,
     )
     good, bad = known.largest_good or 0, known.smallest_bad
     if resumed_limit is not None:

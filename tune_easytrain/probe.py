@@ -121,6 +121,8 @@ class SearchPlan:
             corrected by what was measured, says; `grow` multiplies by 1.5 after a success; `power_of_two`
             doubles from `start`, or from 1, until a size fails.
         estimate: the memory of any size; None: it is not known.
+        accepts_retries: whether a size also fits for which the allocator had to flush its cache, whatever the
+            search: it may be slow, but a smaller one that is searched for instead may be slower.
     """
 
     limit: int
@@ -128,6 +130,7 @@ class SearchPlan:
     start: int | None = None
     search: Search = "confirm"
     estimate: MemoryEstimate | None = None
+    accepts_retries: bool = False
 
     @property
     def first_size(self) -> int:
@@ -144,7 +147,8 @@ class SearchPlan:
         `confirm` puts up with an allocator that flushes its cache: the size ran below the budget, and whether
         it is slow is for the timings of training's first windows to show.
         """
-        return attempt.ran if self.search == "confirm" else attempt.outcome is Outcome.FITS
+        accepts_retries = self.accepts_retries or self.search == "confirm"
+        return attempt.ran if accepts_retries else attempt.outcome is Outcome.FITS
 
     def estimated_size(self, limit: int, *, ratio: float = 1.0) -> int:
         """Return the largest size up to `limit` by the estimate times `ratio`; without one, `limit`.

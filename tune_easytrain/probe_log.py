@@ -25,7 +25,7 @@ def describe_search(event: Probed) -> Iterator[str]:
     )
     for tried, following in pairwise([*tries, None]):
         assert tried is not None
-        line = f"  {'✓' if tried.ran else '✗'} {describe_attempt(tried, event.budget_bytes)}"
+        line = f"  {_mark(tried)} {describe_attempt(tried, event.budget_bytes)}"
         if following is not None:
             is_larger = following.microbatch_size > tried.microbatch_size
             line += f"; trying {'larger' if is_larger else 'smaller'}: {following.microbatch_size}"
@@ -34,6 +34,12 @@ def describe_search(event: Probed) -> Iterator[str]:
         yield f"{event.knob}: not even one sample fits"
     else:
         yield f"{event.knob}: using micro-batch {event.microbatch_size}, bounded by {event.bounded_by}"
+
+
+def _mark(attempt: Attempt) -> str:
+    if attempt.outcome is Outcome.FITS:
+        return "✓"
+    return "~" if attempt.ran else "✗"
 
 
 def _estimated(event: Probed) -> str:

@@ -490,7 +490,8 @@ def test_the_front_holds_the_trials_that_none_beats(
     tab: Tab, frame: pd.DataFrame, x: str, is_better_high: bool
 ) -> None:
     tab.open(f"/run/swept/tradeoffs?x={x}")
-    rows = frame.dropna(subset=["val_accuracy_best"])
+    reported = frame.dropna(subset=["val_accuracy_best"])
+    rows = reported[reported["state"] != "failed"]
     points = [
         (row[x] * (1 if is_better_high else -1), row["val_accuracy_best"]) for _, row in rows.iterrows()
     ]
@@ -502,9 +503,10 @@ def test_the_front_holds_the_trials_that_none_beats(
     assert {row["trial"] for row in tab.table("Beaten by none")} == front
     traces = {trace["name"]: trace for trace in tab.traces()}
     assert len(traces.pop("Pareto front")["x"]) == len(front)
-    assert set(traces) == set(MODELS)
-    assert sum(len(trace["x"]) for trace in traces.values()) == len(rows)
-    expect(tab.live.locator(".scatterlayer .point")).to_have_count(len(rows))
+    assert set(traces) == {*MODELS, "✗ failed"}
+    assert len(traces["✗ failed"]["x"]) == len(reported) - len(rows) == 1
+    assert sum(len(trace["x"]) for trace in traces.values()) == len(reported)
+    expect(tab.live.locator(".scatterlayer .point")).to_have_count(len(reported))
 
 
 def test_each_effective_batch_size_has_its_best_trial(tab: Tab, frame: pd.DataFrame) -> None:
@@ -948,7 +950,137 @@ def test_on_a_phone_no_page_is_wider_than_the_screen(chromium: Browser, dashboar
             assert max(width) <= 390, address
 
 
+@pytest.fixture(scope="module")
+def wide(runs: Path) -> str:
+    """The name of a run with four grid keys of long values, twelve trials, and some that run."""
+    keys = {
+        "model.type": ["r2plus1d_18_kinetics", "mvit_v2_s"],
+        "hp.learning_rate": [0.0001, 0.0005, 0.01],
+        "train.seed": [0, 1],
+        "data.augmentation": ["none", "trivial_augment_wide"],
+    }
+    sweep = {"grid_search": {"grid": keys}, "batch": {"effective_batch_size": 8}, "config": {}}
+    trials = []
+    for number, config in enumerate(itertools.islice(known_configs(load_config(sweep)), 24)):
+        report = replace(epoch(1, 0.5 + number / 100), peak_memory_bytes=(58 + number) * 2**20)
+        events = finished(report, replace(report, metrics=report.metrics | {"epoch": 2}), config=config)
+        planned = replace(events[2], budget_bytes=900 * 2**20)
+        events[1:3] = [replace(events[1], budget_bytes=900 * 2**20), planned]
+        trials.append(events if number < 20 else events[:-1])
+    make_named(runs, "wide", trials, **sweep)
+    return "wide"
+
+
+@pytest.fixture
+def phone(chromium: Browser, dashboard: Served) -> Iterator[Tab]:
+    """A tab as wide as a phone."""
+    context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    with ExitStack() as stack:
+        stack.callback(context.close)
+        yield stack.enter_context(opened(context, dashboard.url))
+
+
+def open_wide(tab: Tab, view: str = "overview") -> None:
+    """Open a view of the wide run once the server has seen that it is there."""
+    tab.open("/")
+    tab.page.get_by_role("link", name="wide", exact=True).click()
+    tab.wait_for_address("/run/wide")
+    tab.open(f"/run/wide/{view}")
+
+
+@pytest.mark.parametrize("view", ["curves", "tradeoffs", "probes"])
+def test_on_a_phone_nothing_covers_a_figure_and_the_plot_keeps_its_height(
+    phone: Tab, wide: str, view: str
+) -> None:
+    open_wide(phone, view)
+    phone.traces()
+    expect(phone.live.locator(".modebar-container")).to_be_hidden()
+    if view != "probes":
+        height = phone.page.evaluate("() => document.querySelector('.js-plotly-plot')._fullLayout._size.h")
+        assert height >= 240
+    if view == "curves":
+        expect(phone.live.locator("ul.picked .swatch")).to_have_count(12)
+
+
+_COVERED = """graph => {
+    const boxes = [...graph.querySelectorAll(".textpoint text")].map(text => text.getBoundingClientRect());
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
+        a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom));
+}"""
+
+
+def test_on_a_phone_no_label_of_parallel_coordinates_covers_another(phone: Tab, wide: str) -> None:
+    open_wide(phone, "parallel")
+    phone.traces()
+    graph = phone.live.locator(".js-plotly-plot")
+    labels = graph.locator(".textpoint text").all_text_contents()
+    assert {"0", "1", "0.0001", "0.0005", "0.01"} <= {text.strip() for text in labels}
+    assert graph.evaluate(_COVERED) == []
+    assert "peak memory (MiB)" in graph.locator(".xtick").all_text_contents()
+
+
+_HIDDEN = """region => {
+    const end = region.getBoundingClientRect().right;
+    return [...region.querySelectorAll("th")]
+        .filter(th => th.getBoundingClientRect().right > end + 1).map(th => th.innerText);
+}"""
+
+
+@pytest.mark.parametrize(("view", "name"), [("overview", "Running trials"), ("trials", "Trials")])
+def test_the_metric_of_a_wide_table_is_seen_and_the_rest_can_be_scrolled_to(
+    chromium: Browser, dashboard: Served, wide: str, view: str, name: str
+) -> None:
+    context = chromium.new_context(viewport={"width": 1000, "height": 800})
+    with ExitStack() as stack:
+        stack.callback(context.close)
+        tab = stack.enter_context(opened(context, dashboard.url))
+        open_wide(tab, view)
+        region = tab.page.get_by_role("region", name=name, exact=True)
+        hidden = region.evaluate(_HIDDEN)
+        assert hidden
+        assert not [heading for heading in hidden if re.match("val_accuracy|samples/s", heading)]
+        assert "gradient" in region.evaluate("region => getComputedStyle(region).backgroundImage")
+        region.focus()
+        for _ in range(40):
+            tab.page.keyboard.press("ArrowRight")
+        tab.page.wait_for_function(
+            "name => { const region = document.querySelector(`[aria-label='${name}']`);"
+            "return region.scrollLeft + region.clientWidth >= region.scrollWidth - 1; }",
+            arg=name,
+        )
+        assert region.evaluate(_HIDDEN) == []
+
+
+def test_space_ticks_a_trial(tab: Tab) -> None:
+    tab.open("/run/swept/trials")
+    box = tab.page.get_by_role("checkbox", name="pick trial_00002", exact=True)
+    expect(box).not_to_be_checked()
+    box.focus()
+    tab.page.keyboard.press("Space")
+    expect(box).to_be_checked()
+    assert tab.has_focus(box)
+    assert tab.address == "/run/swept/trials?pick=trial_00002"
+    tab.page.keyboard.press("Enter")
+    expect(box).not_to_be_checked()
+    assert tab.address == "/run/swept/trials"
+    box.click()
+    expect(box).to_be_checked()
+    tab.page.go_back()
+    expect(box).not_to_be_checked()
+
+
 # What goes wrong.
+
+
+def test_what_an_address_asks_for_in_vain_is_told_on_the_page(tab: Tab) -> None:
+    tab.open("/run/swept/nonsense?x=1")
+    expect(tab.live.get_by_role("status")).to_contain_text("the view nonsense")
+    expect(tab.live.get_by_role("heading", name="Where it stands")).to_be_visible()
+    tab.open("/run/swept/trials?sort=speed")
+    note = tab.live.locator(".misunderstood")
+    expect(note).to_contain_text("sort=speed")
+    tab.region("Trials").get_by_role("link", name="epochs").click()
+    expect(note).to_have_count(0)
 
 
 def test_a_damaged_run_is_told_and_others_are_shown(tab: Tab, runs: Path) -> None:

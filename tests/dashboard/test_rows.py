@@ -83,5 +83,7 @@ def test_cells_as_people_read_them() -> None:
     assert batch_text(row) == "16 × 4 × 2 = 128"
     assert batch_text({**row, "effective_batch_size": 126}) == "16 × 4 × 2 → 126"
     assert batch_text({**row, "microbatch_size": None}) == "128"
+    evaluates = {"microbatch_size": 63, "accumulation_steps": None, "effective_batch_size": None}
+    assert batch_text({**evaluates, "num_workers": 1}) == "63 at once"
     assert memory_text({"peak_memory_bytes": 2**30, "memory_budget_bytes": 2**32}) == "1.0 GiB of 4.0 GiB"
     assert memory_text({"peak_memory_bytes": None, "memory_budget_bytes": None}) == ""

@@ -26,7 +26,16 @@ from tune_easytrain.dashboard import (
     trial_table,
 )
 from tune_easytrain.dashboard.address import TRIAL, Address
-from tune_easytrain.dashboard.elements import Element, aria, filter_box, link, problem, text, without_figures
+from tune_easytrain.dashboard.elements import (
+    Element,
+    aria,
+    filter_box,
+    link,
+    misunderstood,
+    problem,
+    text,
+    without_figures,
+)
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import TrialRows
 from tune_easytrain.dashboard.run_list import RunList
@@ -83,6 +92,19 @@ _OF_A_TRIAL = View(TRIAL, "Trial", trial_page.build, _clock, _none)
 _BY_NAME = {view.name: view for view in (*VIEWS, _OF_A_TRIAL)}
 
 
+def _shown(address: Address) -> View:
+    """Return the view that an address shows; the overview where there is no view of that name."""
+    return _BY_NAME.get(address.view, VIEWS[0])
+
+
+def _misunderstood(question: Question) -> str:
+    """Return what the address asks for in vain; empty where nothing is."""
+    found = list(question.misunderstood.values())
+    if (name := question.address.view) not in _BY_NAME:
+        found.insert(0, f"the view {name} (there are {', '.join(view.name for view in VIEWS)})")
+    return f"Not understood in the address: {'; '.join(found)}." if found else ""
+
+
 class Desk:
     """Answers what pages ask; one for all browsers.
 
@@ -124,7 +146,7 @@ class Desk:
         if question is None:
             version = f"{address} {self._runs.names()}"
             return version, None if version == seen else run_page.build(self._runs, address)
-        view = _BY_NAME.get(address.view, VIEWS[0])
+        view = _shown(address)
         version = f"{address} {question.run.revision} {question.run.problem} {view.version(question)}"
         if version == seen:
             return version, None
@@ -138,6 +160,8 @@ class Desk:
         if question.run.problem:
             stale = problem(f"What you see may be old, as the sweep cannot be read: {question.run.problem}")
             page = Page([stale, *page.live])
+        if said := _misunderstood(question):
+            page = Page([misunderstood(said), *page.live])
         return version, replace(page, controls=view.boxes(address))
 
     @staticmethod
@@ -150,14 +174,15 @@ class Desk:
         home = link("All sweeps", Address())
         if not address.run:
             return [html.H1("Sweeps")]
+        here = _shown(address)
         items = [
             html.Li(
                 link(
                     view.title,
                     address.view_of(view.name),
-                    className="chosen" if view.name == address.view else "",
+                    className="chosen" if view is here else "",
                 ),
-                **(aria(current="page") if view.name == address.view else {}),
+                **(aria(current="page") if view is here else {}),
             )
             for view in VIEWS
         ]

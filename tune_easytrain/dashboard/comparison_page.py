@@ -32,7 +32,7 @@ def build(question: Question) -> Page:
                 )
             ]
         )
-    name = address.query.get("with", "")
+    name = question.asked("with", ["", *others])
     options = [(other, other) for other in others]
     choices = choice("With", options, name, address, "with")
     if name not in others:

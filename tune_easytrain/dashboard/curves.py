@@ -11,18 +11,20 @@ from dash import html
 from tune_easytrain.dashboard.address import Address
 from tune_easytrain.dashboard.elements import (
     Element,
+    aria,
     choice,
     filter_box,
     graph,
     link,
     note,
+    state,
     trial_link,
 )
 from tune_easytrain.dashboard.figure import COLORS, DASHES, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
 from tune_easytrain.dashboard.rows import Row, shown
 from tune_easytrain.frame import metric_names
-from tune_easytrain.trial_record import TrialRecord
+from tune_easytrain.trial_record import TrialRecord, TrialState
 
 MOST_CURVES = 12
 X_AXES = {"epoch": "epoch", "optimizer_steps": "optimizer steps", "num_samples": "samples", "hours": "hours"}
@@ -43,8 +45,9 @@ def build(question: Question) -> Page:
         if (trace := curve(record, _name(row, question), metric, x, number))["x"]
     ]
     which = f"the {len(rows)} picked trials" if picked else f"the best {len(rows)} trials by {run.metric}"
+    # The list below is the legend: it has room for every trial on any screen.
     figure = build_figure(
-        traces, x={"title": X_AXES[x]}, y={"title": metric}, key=f"{metric} {x}", showlegend=True
+        traces, x={"title": X_AXES[x]}, y={"title": metric}, key=f"{metric} {x}", showlegend=False
     )
     live: list[Element] = [
         choice("Metric", [(name, name) for name in names], metric, address, "metric"),
@@ -56,12 +59,14 @@ def build(question: Question) -> Page:
             [
                 html.Li(
                     [
+                        _swatch(number),
                         trial_link(row["trial_id"], address),
-                        f" {_values(row, question)}",
+                        f" {_values(row, question)} ",
+                        state(row["state"]),
                         *_leave(row, question),
                     ]
                 )
-                for row in rows
+                for number, row in enumerate(rows)
             ],
             className="picked",
         )
@@ -84,8 +89,12 @@ def metrics_of(question: Question) -> list[str]:
 
 
 def default_rows(question: Question) -> list[Row]:
-    """Return the best trials of those that the filter leaves, as many as can be told apart."""
-    return [row for row in question.best_first(question.chosen()) if row["epochs"] is not None][:MOST_CURVES]
+    """Return the best trials of those that the filter leaves, as many as can be told apart.
+
+    Trials that failed come after all others.
+    """
+    reported = [row for row in question.best_first(question.chosen()) if row["epochs"] is not None]
+    return sorted(reported, key=lambda row: row["state"] == TrialState.FAILED)[:MOST_CURVES]
 
 
 def curve(record: TrialRecord, name: str, metric: str, x: str, number: int) -> dict[str, Any]:
@@ -97,7 +106,8 @@ def curve(record: TrialRecord, name: str, metric: str, x: str, number: int) -> d
         place = (event.time - start) / 3600 if x == "hours" else event.metrics.get(x)
         if value is not None and place is not None and math.isfinite(value) and math.isfinite(place):
             points.append((place, value))
-    style = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number % len(DASHES)]}
+    color, dash = _style(number)
+    style = {"color": color, "dash": dash}
     return {
         "type": "scatter",
         "mode": "lines" if len(points) > 1 else "markers",
@@ -107,6 +117,16 @@ def curve(record: TrialRecord, name: str, metric: str, x: str, number: int) -> d
         "line": style,
         "marker": {"color": style["color"]},
     }
+
+
+def _style(number: int) -> tuple[str, str]:
+    return COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
+
+
+def _swatch(number: int) -> Element:
+    """Return a piece of the line that has this colour and dash."""
+    color, dash = _style(number)
+    return html.Span(className=f"swatch {dash}", style={"color": color}, **aria(hidden="true"))
 
 
 def _values(row: Row, question: Question) -> str:

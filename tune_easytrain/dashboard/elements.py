@@ -33,6 +33,11 @@ def aria(**values: str) -> dict[str, Any]:
     return {f"aria-{name}": value for name, value in values.items()}
 
 
+def data(**values: str) -> dict[str, Any]:
+    """Return attributes for dashboard.js."""
+    return {f"data-{name}": value for name, value in values.items()}
+
+
 def text(value: str) -> str:
     """Return a text from files and trials without what no browser should obey."""
     return printable(value)
@@ -79,6 +84,18 @@ def share_bar(shares: Mapping[str, int]) -> Element:
         for name, number in shares.items()
     ]
     return html.Div(parts, className="shares", **aria(hidden="true"))
+
+
+def tick_box(label: str, is_ticked: bool, target: Address) -> Element:
+    """Return a box that mouse, Space and Enter tick; dashboard.js goes to the address that it leads to."""
+    return html.Button(
+        "☑" if is_ticked else "☐",
+        role="checkbox",
+        className="pick",
+        title=label,
+        **aria(label=label, checked=str(is_ticked).lower()),
+        **data(search=str(target).partition("?")[2]),
+    )
 
 
 def table(headings: Sequence[Element], rows: Iterable[Sequence[Element]], name: str) -> Element:
@@ -156,6 +173,11 @@ def problem(content: str) -> Element:
     return html.P(text(content), className="problem", role="alert")
 
 
+def misunderstood(content: str) -> Element:
+    """Return what an address asks for that there is not, told to those who have the page read to them too."""
+    return html.P(text(content), className="misunderstood", role="status")
+
+
 def section(title: str, *content: Element) -> Element:
     """Return a part of a page under a heading of its own."""
     return html.Section([html.H2(title), *content])
@@ -167,15 +189,31 @@ def without_figures(content: Sequence[Element]) -> list[Element]:
     for element in content:
         if isinstance(element, html.Figure):
             place, caption = html.Div(className="dash-graph"), element.children[1]
-            left.append(html.Figure([place, caption]))
+            kept = {"style": element.style} if hasattr(element, "style") else {}
+            left.append(html.Figure([place, caption], **kept))
         else:
             left.append(element)
     return left
 
 
-def graph(figure: Mapping[str, Any], caption: str, name: str = "graph") -> Element:
-    """Return a figure of plotly, with a sentence that says what it shows."""
+def graph(
+    figure: Mapping[str, Any], caption: str, name: str = "graph", *, least_width_rem: float = 0.0
+) -> Element:
+    """Return a figure of plotly, with a sentence that says what it shows.
+
+    Args:
+        figure: plotly's; on a narrow screen it is as much higher as its legend has lines there.
+        caption: the sentence.
+        name: the figure's id.
+        least_width_rem: where the screen is narrower, the figure scrolls sideways.
+    """
     shown = dcc.Graph(
         id=name, figure=figure, responsive=True, config={"displaylogo": False, "displayModeBar": "hover"}
     )
-    return html.Figure([shown, html.Figcaption(text(caption))])
+    num_entries = sum(trace.get("showlegend", True) for trace in figure["data"])
+    style = {
+        "--entries": num_entries if figure["layout"].get("showlegend") else 0,
+        "--least-width": f"{least_width_rem:.1f}rem",
+    }
+    scrolls: dict[str, Any] = {"tabIndex": "0"} if least_width_rem else {}
+    return html.Figure([shown, html.Figcaption(text(caption))], style=style, **scrolls)

@@ -25,6 +25,7 @@ MOST_TRIALS = 500
 _NUM_TREES = 32
 _LOGARITHMIC = 50.0
 _MOST_VALUES = 12
+_COUNTED = (TrialState.FINISHED, TrialState.STOPPED)
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,15 @@ def build(question: Question) -> Page:
     """Return the page."""
     run = question.run
     column = question.column
-    rows = [row for row in question.chosen() if _is_number(row.get(column))]
+    reported = [row for row in question.chosen() if _is_number(row.get(column))]
+    # A forest takes a second of CPU: one for each trial that ends, none for each epoch.
+    rows = [row for row in reported if row["state"] in _COUNTED]
     keys = run.varied_keys()
     if len(rows) < FEWEST_TRIALS:
-        return Page(
-            [note(f"{len(rows)} trials have reported {run.metric}; from {FEWEST_TRIALS} on it can be said.")],
-        )
+        said = f"{len(rows)} finished and stopped trials have reported {run.metric}"
+        return Page([note(f"{said}; from {FEWEST_TRIALS} on it can be said.")])
     where = question.address.query.get("where", "")
-    # A forest takes a second of CPU: one for each trial that ends, none for each epoch.
-    num_ended = sum(TrialState(row["state"]).is_final for row in rows)
-    found = _DESK.ask((run.place, where), num_ended, rows, keys, column)
+    found = _DESK.ask((run.place, where), len(rows), rows, keys, column)
     if found is None:
         return Page([note("Being measured …")])
     if isinstance(found, Exception):
@@ -157,8 +157,8 @@ def build(question: Question) -> Page:
     ]
     live = [
         note(
-            f"How much of the variance of {run.metric} goes with each key, over {found.num_trials} trials "
-            "(fANOVA). Keys that were paired share theirs."
+            f"How much of the variance of {run.metric} goes with each key (fANOVA), over "
+            f"{_counted(found.num_trials, len(rows), len(reported))}. Keys that were paired share theirs."
         ),
         table(
             ["key", "importance", "best value by mean", f"mean {run.metric}", "trials"], cells, "Importance"
@@ -167,6 +167,13 @@ def build(question: Question) -> Page:
     if not cells:
         live.append(note("No key differs between these trials."))
     return Page(live)
+
+
+def _counted(num_taken: int, num_ended: int, num_reported: int) -> str:
+    taken = str(num_taken) if num_taken == num_ended else f"{num_taken} of {num_ended}"
+    left_out = num_reported - num_ended
+    others = f"; {left_out} that failed or have not ended are left out" if left_out else ""
+    return f"{taken} finished and stopped trials{others}"
 
 
 def _best_value(rows: Sequence[Row], key: str, column: str, mode: str) -> list[str]:

@@ -142,17 +142,17 @@ def _running(question: Question, rows: Sequence[Row]) -> list[Element]:
     cells = [
         [
             trial_link(row["trial_id"], question.address),
-            *(text(shown(row.get(key))) for key in keys),
             state(row["state"]),
             _epochs(row, total),
+            shown(row.get(f"{question.run.metric}_last")),
+            shown(row["samples_per_second"]),
+            *(text(shown(row.get(key))) for key in keys),
             html.Span(batch_text(row), className="nowrap"),
             meter(row["peak_memory_bytes"], row["memory_budget_bytes"], memory_text(row)),
-            shown(row["samples_per_second"]),
-            shown(row.get(f"{question.run.metric}_last")),
         ]
         for row in rows[:_MOST_ROWS]
     ]
-    headings = ["trial", *keys, "state", "epochs", "batch", "peak memory", "samples/s", question.run.metric]
+    headings = ["trial", "state", "epochs", question.run.metric, "samples/s", *keys, "batch", "peak memory"]
     return [
         section(
             "Running now",

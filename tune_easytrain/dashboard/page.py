@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tune_easytrain.dashboard.address import Address
 from tune_easytrain.dashboard.elements import Element
@@ -21,15 +22,21 @@ class Question:
     rows: TrialRows
     runs: RunList
     address: Address
+    misunderstood: dict[str, str] = field(default_factory=dict)
+    """What the address asks for that there is not, by the question's name, and what there is."""
 
     def chosen(self) -> list[Row]:
         """Return the rows that the filter leaves; raises BadInputError where it is no condition."""
         return self.rows.chosen(self.address.query.get("where", ""))
 
     def asked(self, name: str, allowed: Sequence[str]) -> str:
-        """Return which of what is allowed the address asks for; the first where it asks for none."""
+        """Return which of what is allowed the address asks for; the first where it asks for none of it."""
         asked = self.address.query.get(name, "")
-        return asked if asked in allowed or not allowed else allowed[0]
+        if asked in allowed or not allowed:
+            return asked
+        if asked:
+            self.misunderstood[name] = f"{name}={asked} (there are {', '.join(filter(None, allowed))})"
+        return allowed[0]
 
     @property
     def keys(self) -> list[str]:
@@ -45,10 +52,16 @@ class Question:
         """Return rows by the sweep's metric, the best first; those without it last."""
         return sorted_rows(rows, f"-{self.column}" if self.run.mode == "max" else self.column)
 
-    @property
+    @cached_property
     def picked(self) -> list[str]:
         """The trials that were picked, in that order."""
-        return [name for name in self.address.query.get("pick", "").split(",") if name]
+        asked = [name for name in self.address.query.get("pick", "").split(",") if name]
+        unknown = [name for name in asked if self.run.record(name) is None]
+        if unknown:
+            there = [row["trial_id"] for row in self.rows.all()]
+            what = f"there are {there[0]} to {there[-1]}" if there else "there is no trial yet"
+            self.misunderstood["pick"] = f"pick={','.join(unknown)} ({what})"
+        return [name for name in asked if name not in unknown]
 
 
 @dataclass(frozen=True)

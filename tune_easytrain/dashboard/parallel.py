@@ -9,26 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_easytrain.dashboard.address import Address
-from tune_easytrain.dashboard.elements import graph, link, note, section, table, text, trial_link
+from tune_easytrain.dashboard.elements import graph, link, note, section, state, table, text, trial_link
 from tune_easytrain.dashboard.figure import COLORS, SCALE, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
-from tune_easytrain.dashboard.rows import Row, shown, sorted_rows
+from tune_easytrain.dashboard.rows import Row, byte_unit, shown, sorted_rows
 
 GRAPH = "parallel"
 _GREY = "#8a8f98"
-_LOGARITHMIC = 50.0
+_LOGARITHMIC = 30.0
 """The ratio of largest and smallest value from which on an axis is logarithmic."""
 
 _MOST_LABELS = 12
+_LONGEST_LABEL = 18
+_LABEL_HEIGHT = 0.07
+"""How much of an axis a label takes up, with some air."""
+
+_REM_A_LETTER = 0.5
 _MOST_ROWS = 15
 _MEASURED = ("effective_batch_size", "microbatch_size", "samples_per_second", "peak_memory_bytes")
 _WORDS = {
     "effective_batch_size": "effective batch size",
     "microbatch_size": "micro-batch size",
     "samples_per_second": "samples/s",
-    "peak_memory_bytes": "peak memory (GiB)",
+    "peak_memory_bytes": "peak memory",
 }
-_UNITS = {"peak_memory_bytes": 2**30}
 
 
 @dataclass(frozen=True)
@@ -39,29 +43,50 @@ class Axis:
         name: the column.
         values: those of an axis of words, from below; None: an axis of numbers.
         lowest, highest: its ends, where it has numbers.
+        ticks: the numbers that are told at the axis; empty: some at even distances.
+        is_logarithmic: whether equal ratios are equally far apart.
     """
 
     name: str
     values: tuple[str, ...] | None = None
     lowest: float = 0.0
     highest: float = 1.0
+    ticks: tuple[float, ...] = ()
+    is_logarithmic: bool = False
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[Row]) -> Axis | None:
-        """Return the axis for a column; None where all rows have the same."""
+    def of(cls, name: str, rows: Sequence[Row], drawn_from: str | None = None) -> Axis | None:
+        """Return the axis for a column; None where all rows have the same.
+
+        Args:
+            name: the column.
+            rows: the trials.
+            drawn_from: the distribution of a key that has one; empty for a key that has a list of values,
+                None for what was measured.
+        """
         found = [row[name] for row in rows if row.get(name) is not None]
         if all(_is_number(value) for value in found):
             numbers = [float(value) for value in found if math.isfinite(value)]
             if not numbers or min(numbers) == max(numbers):
                 return None
-            return cls(name, None, min(numbers), max(numbers))
+            lowest, highest = min(numbers), max(numbers)
+            is_far = lowest > 0 and (highest / lowest >= _LOGARITHMIC or drawn_from == "loguniform")
+            is_listed = drawn_from in ("", "choice", "randint")
+            values = tuple(sorted(set(numbers)))
+            is_few = len(values) <= _MOST_LABELS
+            return cls(name, None, lowest, highest, values if is_listed or is_few else (), is_far)
         words = tuple(dict.fromkeys(shown(value) for value in found))
         return cls(name, words) if len(words) > 1 else None
 
     @property
     def title(self) -> str:
         """What stands above it."""
-        return _WORDS.get(self.name, self.name.removesuffix("_best"))
+        words = _WORDS.get(self.name, self.name.removesuffix("_best"))
+        return f"{words} ({self._unit[0]})" if self._unit[0] else words
+
+    @property
+    def _unit(self) -> tuple[str, int]:
+        return byte_unit(self.highest) if self.name.endswith("_bytes") else ("", 1)
 
     def place(self, value: Any) -> float | None:
         """Return where a value stands; None where it is missing."""
@@ -77,16 +102,25 @@ class Axis:
 
     def told(self, value: Any) -> str:
         """Return a value as people read it, in the unit of the title."""
-        unit = _UNITS.get(self.name)
-        return shown(value if unit is None or value is None else value / unit)
+        unit = self._unit[1]
+        return shown(value if unit == 1 or value is None else value / unit)
 
     def labels(self) -> list[tuple[float, str]]:
         """Return places with the text that stands there."""
         if self.values is not None:
             step = -(-len(self.values) // _MOST_LABELS)
-            return [(self.place(value) or 0.0, value) for value in self.values[::step]]
-        unit = _UNITS.get(self.name, 1)
-        return [(share, f"{self._at(share) / unit:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
+            return [(self.place(value) or 0.0, _shortened(value)) for value in self.values[::step]]
+        told = self.ticks or tuple(self._at(share) for share in (0, 0.25, 0.5, 0.75, 1))
+        return [(share, f"{value / self._unit[1]:.3g}") for share, value in self._apart(told)]
+
+    def _apart(self, values: Sequence[float]) -> list[tuple[float, float]]:
+        """Return as many values with their places as do not cover each other; the first and last always."""
+        placed = [(self.place(value) or 0.0, value) for value in values]
+        kept = placed[:1]
+        for share, value in placed[1:-1]:
+            if min(share - kept[-1][0], placed[-1][0] - share) >= _LABEL_HEIGHT:
+                kept.append((share, value))
+        return [*kept, placed[-1]]
 
     def between(self, low: float, high: float) -> list[Any]:
         """Return what a part of the axis stands for: its words, or the two numbers at its ends."""
@@ -108,16 +142,18 @@ class Axis:
             and limits[0] <= value <= limits[1]
         )
 
-    @property
-    def _is_logarithmic(self) -> bool:
-        return self.lowest > 0 and self.highest / self.lowest >= _LOGARITHMIC
-
     def _scaled(self, value: float) -> float:
-        return math.log(value) if self._is_logarithmic else value
+        return math.log(value) if self.is_logarithmic else value
 
     def _at(self, share: float) -> float:
         value = self._scaled(self.lowest) * (1 - share) + self._scaled(self.highest) * share
-        return math.exp(value) if self._is_logarithmic else value
+        return math.exp(value) if self.is_logarithmic else value
+
+
+def _shortened(text: str) -> str:
+    """Return a text that fits between two axes; names differ at their ends more than in the middle."""
+    half = _LONGEST_LABEL // 2
+    return text if len(text) <= _LONGEST_LABEL else f"{text[:half]}…{text[-half:]}"
 
 
 def _is_number(value: Any) -> bool:
@@ -129,7 +165,7 @@ def build(question: Question) -> Page:
     run, address = question.run, question.address
     column = question.column
     rows = question.chosen()
-    found = axes(rows, question.keys, column)
+    found = axes(question, rows)
     if len(found) < 2:
         return Page([note("Nothing differs between the trials yet, or the filter leaves too few.")])
     brush = read_brush(address)
@@ -155,27 +191,39 @@ def build(question: Question) -> Page:
     )  # fmt: skip
     said = f"{len(inside)} of {len(rows)} trials" if brush else f"{len(rows)} trials"
     caption = f"{said}, coloured by {run.metric}. Drag along an axis to keep the trials that pass there."
-    live = [graph(figure, caption, GRAPH)]
+    live = [graph(figure, caption, GRAPH, least_width_rem=_width(found))]
     if brush:
         live.append(link("All trials again", address.asking(brush="")))
         ranked = question.best_first(inside)[:_MOST_ROWS]
         cells = [
-            [trial_link(row["trial_id"], address), *(text(axis.told(row.get(axis.name))) for axis in found)]
+            [
+                trial_link(row["trial_id"], address),
+                state(row["state"]),
+                *(text(axis.told(row.get(axis.name))) for axis in found),
+            ]
             for row in ranked
         ]
+        headings = ["trial", "state", *(axis.title for axis in found)]
         limits = "; ".join(f"{name}: {_told(limit)}" for name, limit in brush.items())
-        live.append(
-            section(
-                "Kept", note(limits), table(["trial", *(axis.title for axis in found)], cells, "Trials kept")
-            )
-        )
+        live.append(section("Kept", note(limits), table(headings, cells, "Trials kept")))
     return Page(live)
 
 
-def axes(rows: Sequence[Row], keys: Sequence[str], column: str) -> list[Axis]:
+def axes(question: Question, rows: Sequence[Row]) -> list[Axis]:
     """Return the axes: what was varied, what was measured, and the metric last."""
-    names = dict.fromkeys([*keys, *_MEASURED, column])
-    return [axis for name in names if (axis := Axis.of(name, rows)) is not None]
+    grid = question.run.sweep()["grid_search"]["grid"]
+    drawn_from = dict.fromkeys((*_MEASURED, question.column))
+    drawn_from |= dict.fromkeys(("effective_batch_size", "microbatch_size"), "")
+    for key in question.keys:
+        drawn_from[key] = next(iter(grid[key])) if isinstance(grid.get(key), Mapping) else ""
+    names = dict.fromkeys([*question.keys, *drawn_from])
+    return [axis for name in names if (axis := Axis.of(name, rows, drawn_from[name])) is not None]
+
+
+def _width(found: Sequence[Axis]) -> float:
+    """Return the width in rem in which the labels of no axis reach the next one."""
+    longest = max(len(text) for axis in found for _, text in axis.labels())
+    return len(found) * (_REM_A_LETTER * longest + 1)
 
 
 def read_brush(address: Address) -> dict[str, list[Any]]:
@@ -191,7 +239,7 @@ def read_brush(address: Address) -> dict[str, list[Any]]:
 
 def brushed(question: Question, selected: Mapping[str, Any]) -> Address:
     """Return the address after a part of the figure was dragged over, as plotly tells of it."""
-    found = axes(question.chosen(), question.keys, question.column)
+    found = axes(question, question.chosen())
     around = selected.get("range") or {}
     if not ({"x", "y"} <= around.keys() and found):
         return question.address
@@ -225,11 +273,13 @@ def _lines(
         ("no metric yet", _GREY, 0.6, [r for r in inside if r.get(column) is None]),
     ]
     size = max(1, -(-len(ranked) // len(SCALE)))
-    for number, color in enumerate(SCALE):
-        members = ranked[number * size : (number + 1) * size]
-        if members:
-            first, last = shown(members[0][column]), shown(members[-1][column])
-            groups.append((f"{first} to {last}", color, 0.75, members))
+    parts: dict[int, list[Row]] = {}
+    first_of: dict[str, int] = {}
+    for place, row in enumerate(ranked):  # equal values have one colour
+        parts.setdefault(first_of.setdefault(shown(row[column]), place) // size, []).append(row)
+    for number, members in parts.items():
+        ends = dict.fromkeys([shown(members[0][column]), shown(members[-1][column])])
+        groups.append((" to ".join(ends), SCALE[number], 0.75, members))
     return [
         _trace(name, color, opacity, members, found) for name, color, opacity, members in groups if members
     ]

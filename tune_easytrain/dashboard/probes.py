@@ -11,11 +11,10 @@ from tune_easytrain.byte_size import format_bytes
 from tune_easytrain.dashboard.elements import Element, graph, meter, note, table, text, trial_link
 from tune_easytrain.dashboard.figure import COLORS, build_figure, plain
 from tune_easytrain.dashboard.page import Page, Question
-from tune_easytrain.dashboard.rows import shown
+from tune_easytrain.dashboard.rows import byte_unit, shown
 from tune_easytrain.events import Probed
 from tune_easytrain.trial_record import TrialRecord
 
-_GIB = 2**30
 _MOST_PROBES = 100
 _BOUNDS = {
     "limit": "the limit given",
@@ -38,12 +37,14 @@ def build(question: Question) -> Page:
         return Page([note("No probe is over yet, or the filter leaves no trial that had one.")])
     key = next(iter(question.keys), "")
     names = {record.trial_id: shown(chosen[record.trial_id].get(key)) if key else "" for record, _ in own}
+    has_knob = any(probe.knob for _, probe in own)
     cells = [
         [
             trial_link(record.trial_id, question.address),
             text(names[record.trial_id]),
             attempts(probe),
             shown(probe.microbatch_size) or "none",
+            *([shown(probe.rule_of_thumb_size), shown(probe.estimated_size)] if has_knob else []),
             _BOUNDS.get(probe.bounded_by, text(probe.bounded_by)),
             estimate(probe),
             meter(measured(probe), probe.budget_bytes, _of_budget(probe)),
@@ -53,8 +54,10 @@ def build(question: Question) -> Page:
         for record, probe in own[:_MOST_PROBES]
     ]
     headings = [
-        "trial", key, "tries", "fits", "bounded by", "estimate", "measured of budget", "took", "used again by"
-    ]  # fmt: skip
+        *("trial", key, "tries", "fits"),
+        *(["rule of thumb (samples)", "estimate (samples)"] if has_knob else []),
+        *("bounded by", "estimate", "measured of budget", "took", "used again by"),
+    ]
     live = [_graph(own[:_MOST_PROBES], names), table(headings, cells, "Probes")]
     if len(own) > _MOST_PROBES:
         live.append(note(f"The first {_MOST_PROBES} of {len(own)} probes; a filter shows others."))
@@ -106,14 +109,15 @@ def _graph(probes: Sequence[tuple[TrialRecord, Probed]], names: dict[str, str]) 
         "measured": ([measured(probe) for _, probe in probes], "circle", 2),
         "estimated": ([probe.estimated_peak_bytes for _, probe in probes], "x-thin-open", 1),
     }
+    unit, scale = byte_unit(max(value or 0 for values, _, _ in series.values() for value in values))
     traces = [
         {
             "type": "scatter",
             "mode": "markers",
             "name": name,
             "x": labels,
-            "y": [None if value is None else value / _GIB for value in values],
-            "hovertemplate": f"%{{x}}<br>{name} %{{y:.3g}} GiB<extra></extra>",
+            "y": [None if value is None else value / scale for value in values],
+            "hovertemplate": f"%{{x}}<br>{name} %{{y:.3g}} {unit}<extra></extra>",
             "marker": {
                 "color": COLORS[number],
                 "symbol": symbol,
@@ -124,6 +128,6 @@ def _graph(probes: Sequence[tuple[TrialRecord, Probed]], names: dict[str, str]) 
         for number, (name, (values, symbol, width)) in enumerate(series.items())
     ]  # fmt: skip
     figure = build_figure(
-        traces, y={"title": "GiB", "rangemode": "tozero"}, x={"type": "category"}, showlegend=True
+        traces, y={"title": unit, "rangemode": "tozero"}, x={"type": "category"}, showlegend=True
     )
     return graph(figure, "Peak memory of the size found: estimated, measured, and the budget.")

@@ -12,6 +12,8 @@ from tune_easytrain.condition import parse_condition
 from tune_easytrain.dashboard.live_run import LiveRun
 from tune_easytrain.frame import as_text, build_frame
 
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
 Row = Mapping[str, Any]
 """A trial by the columns of `SweepResults.frame()`; what is missing is None, or not there at all."""
 
@@ -103,14 +105,28 @@ def shown(value: Any) -> str:
 
 
 def batch_text(row: Row) -> str:
-    """Return how a trial makes its effective batch size: micro-batch × steps × workers = effective."""
+    """Return how a trial makes its effective batch size: micro-batch × steps × workers = effective.
+
+    A trial that only evaluates has none: how many samples it takes at once.
+    """
     size, steps, workers = row["microbatch_size"], row["accumulation_steps"], row["num_workers"]
     effective = row["effective_batch_size"]
+    if size is not None and steps is None and effective is None:
+        return f"{size} at once"
     if size is None or steps is None:
         return shown(effective)
     # Shares and micro-batches differ by up to one sample: the product is then more than what is trained.
     sign = "=" if size * steps * (workers or 1) == effective else "→"
     return f"{size} × {steps} × {workers or 1} {sign} {effective}"
+
+
+def byte_unit(most: float) -> tuple[str, int]:
+    """Return the unit in which a figure shows memory, with its bytes; `most` is the largest value there.
+
+    >>> byte_unit(300 * 2**20)
+    ('MiB', 1048576)
+    """
+    return next((unit for unit in _UNITS if most >= unit[1]), ("B", 1))
 
 
 def memory_text(row: Row) -> str:

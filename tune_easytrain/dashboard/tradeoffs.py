@@ -8,23 +8,25 @@ from typing import Any
 
 from tune_easytrain.columns import Mode
 from tune_easytrain.dashboard.elements import (
+    STATES,
     choice,
     graph,
     note,
     section,
+    state,
     table,
     text,
     trial_link,
 )
 from tune_easytrain.dashboard.figure import COLORS, SYMBOLS, build_figure, pareto_front, plain
 from tune_easytrain.dashboard.page import Page, Question
-from tune_easytrain.dashboard.rows import Row, shown
+from tune_easytrain.dashboard.rows import Row, byte_unit, shown
+from tune_easytrain.trial_record import TrialState
 from tune_easytrain.trial_space import MODEL_KEY
 
-_GIB = 2**30
 AXES: dict[str, tuple[str, Mode | None]] = {
     "samples_per_second": ("samples/s", "max"),
-    "peak_memory_bytes": ("peak memory (GiB)", "min"),
+    "peak_memory_bytes": ("peak memory", "min"),
     "effective_batch_size": ("effective batch size", None),
     "microbatch_size": ("micro-batch size", None),
     "epoch_seconds": ("seconds an epoch", "min"),
@@ -38,8 +40,13 @@ def build(question: Question) -> Page:
     x = question.asked("x", list(AXES))
     words, better = AXES[x]
     column = question.column
-    scale = _GIB if x == "peak_memory_bytes" else 1
-    rows = [row for row in question.chosen() if _is_there(row.get(column)) and _is_there(row[x])]
+    found = [row for row in question.chosen() if _is_there(row.get(column)) and _is_there(row[x])]
+    scale = 1
+    if x == "peak_memory_bytes" and found:
+        unit, scale = byte_unit(max(row[x] for row in found))
+        words = f"{words} ({unit})"
+    failed = [row for row in found if row["state"] == TrialState.FAILED]
+    rows = [row for row in found if row["state"] != TrialState.FAILED]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_group(row, question), []).append(row)
@@ -47,12 +54,14 @@ def build(question: Question) -> Page:
         _trace(name, members, x, scale, column, number)
         for number, (name, members) in enumerate(groups.items())
     ]
+    if failed:
+        traces.append(_failed(failed, x, scale, column))
     front = _front(rows, x, column, better, run.mode)
     if rows:
         traces.append(_line(front, x, scale, column, better))
     figure = build_figure(
         traces,
-        x={"title": words, "type": "log" if better is None and rows else "linear"},
+        x={"title": words, "type": "log" if better is None and found else "linear"},
         y={"title": run.metric},
         key=x,
         showlegend=True,
@@ -62,13 +71,15 @@ def build(question: Question) -> Page:
         if better
         else f"The line joins the best trial of each {words}."
     )
-    live = [graph(figure, f"{run.metric} against {words}, {len(rows)} trials. {said}")]
-    if not rows:
+    left_out = f", {len(failed)} of them failed and not on the line" if failed else ""
+    live = [graph(figure, f"{run.metric} against {words}, {len(found)} trials{left_out}. {said}")]
+    if not found:
         live = [note(f"No trial has reported {run.metric} yet, or the filter leaves none.")]
-    else:
+    elif rows:
         cells = [
             [
                 trial_link(row["trial_id"], address),
+                state(row["state"]),
                 text(_group(row, question)),
                 shown(row[x] / scale),
                 shown(row[column]),
@@ -77,9 +88,11 @@ def build(question: Question) -> Page:
         ]
         title = "Beaten by none" if better else f"Best of each {words}"
         live.append(
-            section(title, table(["trial", _key(question) or "trial", words, run.metric], cells, title))
+            section(
+                title, table(["trial", "state", _key(question) or "trial", words, run.metric], cells, title)
+            )
         )
-    options = [(name, axis[0]) for name, axis in AXES.items()]
+    options: list[tuple[str, str]] = [(name, axis[0]) for name, axis in AXES.items()]
     return Page([choice("Against", options, x, address, "x"), *live])
 
 
@@ -114,6 +127,13 @@ def _trace(name: str, rows: Sequence[Row], x: str, scale: int, column: str, numb
             "opacity": 0.8,
         },
     }
+
+
+def _failed(rows: Sequence[Row], x: str, scale: int, column: str) -> dict[str, Any]:
+    """Return the trace of the trials that failed, which a sign of its own tells from all others."""
+    name = f"{STATES[TrialState.FAILED]} {TrialState.FAILED}"
+    trace = _trace(name, rows, x, scale, column, 0)
+    return trace | {"marker": {"color": "#888888", "symbol": "x-thin-open", "size": 8}}
 
 
 def _front(rows: Sequence[Row], x: str, column: str, better: Mode | None, mode: Mode) -> list[Row]:

@@ -143,11 +143,18 @@ def _probe(record: TrialRecord) -> list[Element]:
     found = [
         ("Tries", attempts(probe)),
         ("Estimate", estimate(probe)),
+        ("Along", text(probe.knob)),
+        ("Rule of thumb", _samples(probe.rule_of_thumb_size)),
+        ("Fits by the estimate", _samples(probe.estimated_size)),
         ("Budget", format_bytes(probe.budget_bytes)),
         ("Known from another trial", "yes" if probe.cached else ""),
         ("Took", f"{probe.seconds:.1f} s"),
     ]
     return [section("Probe", facts([(name, content) for name, content in found if content]))]
+
+
+def _samples(size: int | None) -> str:
+    return "" if size is None else f"{size} samples"
 
 
 def _log(question: Question, record: TrialRecord) -> list[Element]:

@@ -18,6 +18,7 @@ from tune_easytrain.dashboard.elements import (
     state,
     table,
     text,
+    tick_box,
     trial_link,
 )
 from tune_easytrain.dashboard.page import Page, Question
@@ -37,11 +38,11 @@ def build(question: Question) -> Page:
     columns = {
         "trial_id": "trial",
         "state": "state",
+        best: f"{run.metric} (best)",
+        "samples_per_second": "samples/s",
         **{key: key for key in keys},
         "effective_batch_size": "micro-batch × steps × workers = effective",
         "peak_memory_bytes": "peak memory of budget",
-        "samples_per_second": "samples/s",
-        best: f"{run.metric} (best)",
         "epochs": "epochs",
         "num_rescues": "rescues",
     }
@@ -49,7 +50,9 @@ def build(question: Question) -> Page:
         question.chosen(), address.query.get("search", ""), ["trial_id", "state", "error", "device", *keys]
     )
     by = address.query.get("sort", "")
-    if by.removeprefix("-") in columns:
+    if by.removeprefix("-") not in columns:
+        by = question.asked("sort", ["", *columns])
+    if by:
         rows = sorted_rows(rows, by)
     paging = Paging.of(address, len(rows))
     headings = [_heading(name, words, by, address, best, run.mode) for name, words in columns.items()]
@@ -88,11 +91,11 @@ def _cells(row: Row, keys: Sequence[str], best: str, question: Question) -> list
         _pick(row["trial_id"], question),
         trial_link(row["trial_id"], question.address),
         standing,
+        shown(row.get(best)),
+        shown(row["samples_per_second"]),
         *(text(shown(row.get(key))) for key in keys),
         html.Span(batch_text(row), className="nowrap"),
         meter(row["peak_memory_bytes"], row["memory_budget_bytes"], memory_text(row)),
-        shown(row["samples_per_second"]),
-        shown(row.get(best)),
         shown(row["epochs"]),
         shown(row["num_rescues"]),
     ]
@@ -102,9 +105,7 @@ def _pick(trial_id: str, question: Question) -> Element:
     picked = question.picked
     is_picked = trial_id in picked
     left = [name for name in picked if name != trial_id] if is_picked else [*picked, trial_id][-_PICKS:]
-    words = f"{'leave' if is_picked else 'pick'} {trial_id}"
-    target = question.address.asking(pick=",".join(left))
-    return link("☑" if is_picked else "☐", target, title=words, className="pick")
+    return tick_box(f"pick {trial_id}", is_picked, question.address.asking(pick=",".join(left)))
 
 
 def _picks(question: Question) -> list[Element]:

@@ -44,6 +44,14 @@
     if (event.target.closest(".box")) ask();
   });
 
+  // A tick box becomes a question in the address; a button is pressed by Space and Enter too.
+  document.addEventListener("click", function (event) {
+    const box = event.target.closest(".pick");
+    if (!box) return;
+    const search = box.dataset.search;
+    window.dash_clientside.set_props("address", {search: search ? "?" + search : ""});
+  });
+
   // Say so when the server has not answered for a while: what is shown is old then. A page that is not looked
   // at asks less often, so its silence counts from when it is looked at again.
   function tell() {

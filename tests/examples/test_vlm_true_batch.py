@@ -274,7 +274,7 @@ def test_no_hook_is_left_whatever_happens(fails_at):
     assert during == [len(layers)]
     assert num_hooks(model) == before
     handle.remove()
-    assert float(vlm.answer_loss(model, batch)) > 0
+    assert vlm.answer_loss(model, batch).item() > 0
 
 
 # The adversarial loss
@@ -695,7 +695,7 @@ def test_the_demo_learns_and_reports_its_tokens(tmp_path):
     together, one_by_one = results.frame().to_dict("records")
     for row in (together, one_by_one):
         assert row["state"] == "finished", row["error"]
-        assert row["train_loss_last"] < 3.5 < 4.1
+        assert row["train_loss_last"] < 3.5  # it begins at ln 64, the vocabulary's
         assert 0 <= row["val_accuracy_last"] <= 1
     names = [f"val_vision_tokens_{name}_last" for name in ("mean", "max", "min")]
     assert [together[name] for name in names] == [4, 4, 4]

@@ -88,7 +88,7 @@ class Driver:
 
         def found() -> re.Match[str] | None:
             assert self.process.poll() is None, self.said
-            return re.search(r"^Dashboard: (http://127\.0\.0\.1:\d+)$", self.said, re.MULTILINE)
+            return re.search(r"^Dashboard: (http://127\.0\.0\.1:\d+)/run/\S+$", self.said, re.MULTILINE)
 
         wait_for(found, "the address of the dashboard", SECONDS)
         match = found()

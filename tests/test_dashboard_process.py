@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from dashboard_drivers import SECONDS, driver, is_running, is_served, write_sweep
@@ -30,6 +31,7 @@ def test_a_sweep_has_its_dashboard_and_takes_it_along(tmp_path: Path) -> None:
     assert running.process.returncode == 0, said
     assert not is_running(server)
     (run,) = (tmp_path / "runs").iterdir()
+    assert f"Dashboard: {url}/run/{run.name}\n" in said  # the sweep's own overview
     assert (
         f"The dashboard has ended with the sweep; to see it again: tune-easytrain dashboard {run}\n" in said
     )
@@ -66,7 +68,8 @@ def test_a_server_that_dies_is_told(run: RunDirectory) -> None:
     with dashboard_shown(run, said.append):
         wait_for(lambda: said, "its address", SECONDS)
         assert said[0].startswith("Dashboard: http://127.0.0.1:")
-        port = int(said[0].rpartition(":")[2])
+        assert said[0].endswith(f"/run/{run.path.name}")
+        port = urlsplit(said[0].removeprefix("Dashboard: ")).port
         (server,) = [each.pid for each in listeners_of(os.getpid()) if each.port == port]
         os.kill(server, signal.SIGKILL)
         wait_for(lambda: len(said) == 2, "that it is gone", 30)

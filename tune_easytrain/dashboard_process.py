@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 from tune_easytrain.run_directory import RunDirectory
 
@@ -24,7 +25,8 @@ def dashboard_shown(directory: RunDirectory, say: Callable[[str], object]) -> It
 
     Args:
         directory: the sweep's.
-        say: takes the lines that tell its address, or why there is none, and how to see it later.
+        say: takes the lines that tell the address of the sweep's overview, or why there is none, and how to
+            see it later.
     """
     later = f"tune-easytrain dashboard {shlex.quote(directory.place)}"
     command = [
@@ -43,7 +45,8 @@ def dashboard_shown(directory: RunDirectory, say: Callable[[str], object]) -> It
         yield
         return
     is_ending = threading.Event()
-    listening = threading.Thread(target=_listen, args=(process, later, say, is_ending), daemon=True)
+    overview = f"/run/{quote(directory.path.name, safe='')}"
+    listening = threading.Thread(target=_listen, args=(process, overview, later, say, is_ending), daemon=True)
     listening.start()
     try:
         yield
@@ -55,16 +58,20 @@ def dashboard_shown(directory: RunDirectory, say: Callable[[str], object]) -> It
 
 
 def _listen(
-    process: subprocess.Popen[str], later: str, say: Callable[[str], object], is_ending: threading.Event
+    process: subprocess.Popen[str],
+    overview: str,
+    later: str,
+    say: Callable[[str], object],
+    is_ending: threading.Event,
 ) -> None:
-    """Tell the address once it is known; go on reading, since a full pipe would stop the process."""
+    """Tell the sweep's address once it is known; go on reading, since a full pipe would stop the process."""
     assert process.stdout is not None
     last, is_told = "", False
     for line in process.stdout:
         last = line.strip() or last
         if line.startswith(ANNOUNCEMENT) and not is_told:
             is_told = True
-            say(line.strip())
+            say(f"{line.strip()}{overview}")
     if not is_ending.is_set():
         say(
             f"The dashboard has ended ({last.removeprefix('error: ')}), the sweep goes on; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import sequences
 import torch
 from torch.utils.data import TensorDataset
-from toys import build_task, make_config, make_opening
+from toys import Accuracy, build_task, make_config, make_opening
 
 from tune_easytrain import Task
 from tune_easytrain.device_session import DeviceSession
@@ -123,6 +124,26 @@ def test_data_sets_are_opened_once_with_the_trials_random_state(
     opened.train(2, reports.append)
     first = float(torch.rand((), generator=torch.Generator().manual_seed(7)))
     assert reports[0].metrics == {"train": first, "val": first}
+
+
+def test_what_metrics_import_does_not_count_against_the_cap(
+    session: Callable[..., DeviceSession], tmp_path: Path
+) -> None:
+    caps = tmp_path / "caps"  # the task is pickled: a list would not be shared with it
+
+    class Capped(Accuracy):
+        def __init__(self) -> None:
+            super().__init__()
+            with caps.open("a") as file:
+                print(resource.getrlimit(resource.RLIMIT_DATA)[0], file=file)
+
+    def build(config: dict[str, Any]) -> Task:
+        return replace(build_small(config), metrics={"accuracy": Capped})
+
+    opened = session(build, budget_bytes=256 * 2**20)
+    assert caps.read_text().split() == [str(resource.RLIM_INFINITY)]
+    opened.train(2, lambda report: None)
+    assert int(caps.read_text().split()[-1]) > 0
 
 
 def test_the_longest_sample_is_told_where_tokens_limit_a_microbatch(

@@ -174,6 +174,8 @@ def _open_data(task: Task, settings: TrialSettings, device: torch.device) -> tup
         task.train_data()
         if device.type == "cpu" and task.val_data is not None:
             task.val_data()
+            for build_metric in task.metrics.values():  # what metrics import is not to count either
+                build_metric()
     return probed, task
 
 

@@ -65,7 +65,9 @@ OPTIONAL_PACKAGES = {
     "docs/dashboard.md": ("dash",),
     "docs/recommend.md": ("transformers", "peft"),
     "docs/report.md": ("plotly", "scipy"),
+    "docs/true-batches.md": ("transformers", "peft", "skimage", "sklearn"),
     "docs/workload-knobs.md": ("skimage", "sklearn"),
+    "docs/corrections.md": ("transformers", "peft"),
     "docs/comparison.md": ("accelerate", "optuna"),
 }
 RUN_DIR = re.compile(r"\S*\bruns/(\w+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")

@@ -72,6 +72,29 @@ def test_what_a_file_imports_from_beside_itself_travels_too(tmp_path: Path) -> N
     assert call_elsewhere(payload, tmp_path, 1) == "6"
 
 
+def test_functions_under_a_cache_travel_by_value_and_keep_caching(tmp_path: Path) -> None:
+    write(
+        tmp_path / "cached.py",
+        """
+import functools
+
+@functools.cache
+def fibonacci(number):
+    return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
+
+@functools.lru_cache(maxsize=7)
+def double(number):
+    return 2 * number
+
+def build_task(number):
+    return double(fibonacci(number)), fibonacci(number), double.cache_parameters()["maxsize"]
+""",
+    )
+    payload = pickle_function(load(tmp_path, "cached.py:build_task"), "task")
+    (tmp_path / "cached.py").unlink()
+    assert call_elsewhere(payload, tmp_path, 60) == "(3096017511840, 1548008755920, 7)"
+
+
 def test_an_installed_package_travels_by_name() -> None:
     import torchvision.models
 

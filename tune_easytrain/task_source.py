@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import io
 import os
 import site
 import sys
@@ -81,7 +83,9 @@ def pickle_function(function: Callable[..., Any], key: str) -> bytes:
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
-        payload: bytes = cloudpickle.dumps(function)
+        with io.BytesIO() as file:
+            _Pickler(file).dump(function)
+            return file.getvalue()
     except Exception as error:
         raise TaskError(
             f"{key}: {function!r} cannot be sent to a worker: {type(error).__name__}: {error}; keep open "
@@ -90,7 +94,23 @@ def pickle_function(function: Callable[..., Any], key: str) -> bytes:
     finally:
         for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
-    return payload
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Sends functions under `functools.cache` by value too, with an empty cache, where their module is."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _CACHED) and obj.__module__ in cloudpickle.list_registry_pickle_by_value():
+            options = obj.cache_parameters()
+            return _cached, (obj.__wrapped__, options["maxsize"], options["typed"])
+        return super().reducer_override(obj)
+
+
+_CACHED = type(functools.cache(len))
+
+
+def _cached(function: Callable[..., Any], maxsize: int | None, typed: bool) -> Callable[..., Any]:
+    return functools.lru_cache(maxsize, typed)(function)
 
 
 def find_file(place: str, key: str, project_root: Path, sweep_dir: Path) -> Path:

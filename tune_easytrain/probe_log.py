@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from tune_easytrain.events import Probed
@@ -25,7 +26,9 @@ def describe_search(event: Probed) -> Iterator[str]:
     )
     for tried, following in pairwise([*tries, None]):
         assert tried is not None
-        line = f"  {_mark(tried)} {describe_attempt(tried, event.budget_bytes)}"
+        # The allocator's own words say no more than that it is out of memory.
+        told = replace(tried, message="") if tried.outcome is Outcome.OUT_OF_MEMORY else tried
+        line = f"  {_mark(tried)} {describe_attempt(told, event.budget_bytes)}"
         if following is not None:
             is_larger = following.microbatch_size > tried.microbatch_size
             line += f"; trying {'larger' if is_larger else 'smaller'}: {following.microbatch_size}"

@@ -46,6 +46,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,7 @@ def model_folder(config: Mapping[str, Any]) -> Path:
 def import_package(name: str) -> Any:
     """Import a package that this example needs; raises DataError where it is not installed."""
     try:
-        return __import__(name)
+        return import_module(name)
     except ModuleNotFoundError as error:
         raise DataError(f"language models need {error.name}; pip install 'tune-easytrain[lm]'") from None
 

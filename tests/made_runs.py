@@ -56,7 +56,15 @@ def finished(*reports: Reported, config: dict[str, Any] | None = None) -> list[E
     attempt = {"microbatch_size": 4, "outcome": "fits"}
     return [
         Started(config=config or trial_config()),
-        Probed(microbatch_size=4, budget_bytes=999, bounded_by="limit", seconds=1.5, attempts=[attempt] * 2),
+        Probed(
+            microbatch_size=4,
+            budget_bytes=999,
+            bounded_by="limit",
+            seconds=1.5,
+            attempts=[attempt] * 2,
+            rule_of_thumb_size=6,
+            estimated_size=5,
+        ),
         Planned(
             device="cpu",
             budget_bytes=999,

@@ -156,7 +156,6 @@ def no_check(command: str) -> None:
 
 NOT_RUN: dict[str, tuple[str, Check]] = {
     "make demo": ("installs everything and trains nine models for minutes", check_make),
-    "make examples": ("installs, and runs three sweeps for minutes", check_make),
     "make test": ("this is it", check_make),
     "make lint": ("installs; .ci/run does it", check_make),
     "make docs": ("installs; .ci/run does it", check_make),

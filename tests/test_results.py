@@ -38,6 +38,8 @@ def test_a_finished_trial_fills_every_column(tmp_path: Path) -> None:
         "strategy": "25 % again",
         "probe_attempts": 2,
         "probe_cached": False,
+        "probe_rule_of_thumb": 6,
+        "probe_estimate": 5,
         "probe_seconds": 1.5,
         "memory_budget_bytes": 999,
         "peak_memory_bytes": 200,

@@ -226,8 +226,8 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Fault | None]:
     is_enabled, size = batch_settings(config)
     if not isinstance(is_enabled, bool):
         yield Fault("config", "enable_true_batch", f"{is_enabled!r} cannot be used", "write true or false")
-    if size != "auto" and not _is_number(size, PATCH, 10**4, int):
-        remedy = f"give auto, or pixels from {PATCH} to {10**4}"
+    if size != "auto" and (not _is_number(size, PATCH, 10**4, int) or size % PATCH):
+        remedy = f"give auto, or a multiple of {PATCH} pixels, the side of a patch, up to {10**4}"
         yield Fault("config", "unified_image_size", f"{size!r} cannot be used", remedy)
     for key, least, most, kind in (
         ("model.lora_rank", 0, 10**4, int),
@@ -415,6 +415,12 @@ def check(options: argparse.Namespace) -> int:
     return 0 if is_equal else 1
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and check; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -423,8 +429,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=["check"])
     parser.add_argument("--config", required=True, help="sweep file whose first trial is checked")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2], metavar="N", help="default: 2")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each (default: 8)")
+    parser.add_argument(
+        "--batch-sizes", type=_positive, nargs="+", default=[2], metavar="N", help="default: 2"
+    )
+    parser.add_argument("--steps", type=_positive, default=8, help="optimizer steps of each (default: 8)")
     parser.add_argument("--precision", choices=TOLERANCES, help="default: fp64, or that of the backbone")
     parser.add_argument("--tolerance", type=float, help="what losses may differ by, as a part of them")
     parser.add_argument(

@@ -119,7 +119,7 @@ def test_the_log_tells_start_steps_and_result() -> None:
     first, *steps, last = describe_search(result.probed)
     assert first.startswith("max_crops=12: looking for the largest micro-batch up to 64 (rule of thumb 19, ")
     assert first.endswith("starting with 19")
-    assert result.describe()[1] == first
+    assert said[1].startswith("max_crops=12: rule of thumb 19, estimate 2")
     assert [line.split(",")[0] for line in steps] == [
         "  ✓ micro-batch 19: fits",
         *(line.split(",")[0] for line in steps[1:2]),
@@ -139,6 +139,19 @@ def test_start_from_skips_smaller_values_and_the_plan_says_so() -> None:
     described = "\n".join(build_plan(config).describe())
     assert "2 trials; the Cartesian product would have been 2." in described
     assert "along model.max_crops, from 12 on; by the rule of thumb it starts at 12: 19, 13: 16." in described
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({"start": 10}, "it starts at 10 (batch.start)."),
+        ({"search": "confirm"}, "at the estimate; the rule of thumb would be 2: 64, 12: 19, 13: 16."),
+        ({"search": "power_of_two"}, "it starts at 1 (batch.search: power_of_two)."),
+    ],
+)
+def test_the_plan_says_where_the_probe_starts(batch: dict[str, Any], told: str) -> None:
+    (line,) = (line for line in build_plan(make_sweep(**batch)).describe() if "goes along" in line)
+    assert line.endswith(told)
 
 
 def test_start_from_takes_paired_values_along() -> None:

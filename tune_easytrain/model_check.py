@@ -52,7 +52,7 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
     if task is not None:
         faults += _task_faults(config, task)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(list(dict.fromkeys(faults)))  # models may share what is wrong
     return len(built)
 
 

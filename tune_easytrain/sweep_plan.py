@@ -173,11 +173,16 @@ def _describe_knob(config: SweepConfig, trials: tuple[PlannedTrial, ...]) -> str
         if key in trial.values
     }
     starts = [f"{knob.value:g}: {knob.first_size(limit)}" for knob, limit in sizes.items() if limit]
-    return (
-        f"The probe goes along {key}"
-        + ("" if start_from is None else f", from {start_from:g} on")
-        + (f"; by the rule of thumb it starts at {', '.join(starts)}." if starts else ".")
-    )
+    named = f"The probe goes along {key}" + ("" if start_from is None else f", from {start_from:g} on")
+    if config.batch.start is not None:
+        return f"{named}; it starts at {config.batch.start} (batch.start)."
+    if config.batch.search == "power_of_two":
+        return f"{named}; it starts at 1 (batch.search: power_of_two)."
+    told = f"by the rule of thumb it starts at {', '.join(starts)}" if starts else ""
+    if config.batch.search == "confirm":
+        rule = f"; the rule of thumb would be {', '.join(starts)}" if starts else ""
+        told = f"it starts at the estimate{rule}"
+    return f"{named}; {told}." if told else f"{named}."
 
 
 def _num_cartesian_trials(config: SweepConfig) -> int:

@@ -12,12 +12,13 @@ from tune_easytrain.child_process import modules_to_preload
 from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, EstimateError, TaskError
 from tune_easytrain.events import Event, Planned, Probed
+from tune_easytrain.knob import Knob
+from tune_easytrain.memory_budget import probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.memory_ladder import StrategyChoice
 from tune_easytrain.memory_plan import example_configs
 from tune_easytrain.microbatch_search import find_limit, microbatch_limit
 from tune_easytrain.probe import Attempt, describe_attempt
-from tune_easytrain.probe_log import describe_search
 from tune_easytrain.protocol import Opened, Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
@@ -68,8 +69,6 @@ class TrialProbe:
                 f"Effective batch size {planned.effective_batch_size} in {planned.accumulation_steps} "
                 f"micro-batches of at most {planned.microbatch_size}."
             )
-        if probed.knob:
-            lines.append(next(describe_search(probed)))  # the tries have been told
         measured = "unknown" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
         if isinstance(self.estimate, EstimateError):
             lines.append(f"Measured peak {measured}; {self.estimate}.")
@@ -167,6 +166,8 @@ def _probe(
     if choice.description:
         say(f"{choice.description}.")
     estimate = choice.estimate_or(children.estimate)
+    if settings.knob is not None:
+        say(_describe_starts(settings.knob, estimate, opened.budget_bytes, limit))
 
     def attempt(microbatch_size: int) -> Attempt:
         done = children.attempt(microbatch_size, settings.probe_timeout_seconds)
@@ -177,3 +178,13 @@ def _probe(
     (probed,) = (event for event in events if isinstance(event, Probed))
     planned = describe_plan(choice, opened, found)
     return TrialProbe(config=opening.config, planned=planned, probed=probed, estimate=estimate)
+
+
+def _describe_starts(
+    knob: Knob, estimate: MemoryEstimate | EstimateError, budget_bytes: int, limit: int
+) -> str:
+    """Return where the rule of thumb and the estimate would begin, side by side."""
+    known = "unknown"
+    if isinstance(estimate, MemoryEstimate):
+        known = str(estimate.largest_microbatch(probed_bytes(budget_bytes), limit))
+    return f"{knob}: rule of thumb {knob.first_size(limit)}, estimate {known}."

@@ -795,3 +795,11 @@ def test_the_benchmark_runs_tiny_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert all(row["samples_per_second"] > 0 and row["tflops"] > 0 for row in rows)
     assert printed.count("| tiny | bf16 | 2 |") == 3
     assert call("--markdown", str(kept)) == printed
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch-sizes"])
+def test_the_check_takes_nothing_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        vlm.main(["check", "--config", "configs/vlm_true_batch_demo.yaml", option, "0"])
+    assert ended.value.code == 2
+    assert "'0' is no number of at least 1" in capsys.readouterr().err

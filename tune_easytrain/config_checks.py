@@ -119,7 +119,7 @@ def _probe_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[
     """Yield a fault if there is a training function, no task, and yet something is to be probed."""
     if data.get("task") is not None:
         return
-    functions = [value for value in _values(data, grid, "train", "function") if value not in (None, "none")]
+    functions = _own_functions(data, grid)
     if functions and any(value == "auto" for value in _values(data, grid, "batch", "probe")):
         problem = f"there is nothing to probe: train.function is {functions[0]!r} and there is no task"
         yield Issue(("batch", "probe"), problem, "write batch: {probe: off}, or name a task")
@@ -162,6 +162,12 @@ def _listed(entry: Any) -> list[Any]:
     return [] if entry is None or isinstance(entry, dict) else [entry]
 
 
+def _own_functions(data: Mapping[str, Any], grid: Mapping[str, Any]) -> list[Any]:
+    """Return the user's own training functions that the sweep names."""
+    named = _values(data, grid, "train", "function")
+    return [value for value in named if value not in (None, EVALUATE_ONLY)]
+
+
 def _budget_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
     """Yield a fault if a trial would be told in two ways how much it is to train."""
     given = {name: values[0] for name in _BUDGETS if (values := _integers(data, grid, "train", name))}
@@ -198,7 +204,7 @@ def _precision_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Itera
 def _model_issues(data: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Issue]:
     """Yield a fault if what the built-in loop does to a model is asked of another, or cannot be combined."""
     shardings = [value for value in _values(data, grid, "memory", "sharding") if value not in (None, "none")]
-    functions = [value for value in _values(data, grid, "train", "function") if value not in (None, "none")]
+    functions = _own_functions(data, grid)
     if shardings and functions:
         problem = f"{shardings[0]} is done by the built-in loop, and train.function is {functions[0]!r}"
         yield Issue(_place(grid, "memory", "sharding"), problem, "remove it, and shard in your function")

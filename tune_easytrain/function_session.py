@@ -150,9 +150,7 @@ class FunctionSession:
         return None
 
     def _plan(self, microbatch_limit: int | None, ranks: RankGroup | None) -> BatchPlan | None:
-        effective = self._settings.effective_batch_size
-        if self._settings.evaluates_only:  # all its samples are one window
-            effective = self._num_train_samples
+        effective = self._settings.window_size(self._num_train_samples)
         if effective is None or microbatch_limit is None:
             return None
         if self._num_train_samples is not None:

@@ -9,7 +9,6 @@ from tune_easytrain.batch_plan import largest_share
 from tune_easytrain.errors import EstimateError, NotEnoughMemoryError
 from tune_easytrain.events import Event, Probed
 from tune_easytrain.knob import Knob
-from tune_easytrain.memory_budget import probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.probe import (
     Attempt,
@@ -88,9 +87,7 @@ def microbatch_limit(settings: TrialSettings, opened: Opened) -> int | None:
 
     A limit in tokens is as many of the longest samples as it holds, and at least one. None without E.
     """
-    window = settings.effective_batch_size
-    if settings.evaluates_only:
-        window = opened.num_train_samples
+    window = settings.window_size(opened.num_train_samples)
     if window is None:
         return settings.microbatch_limit
     limits = [] if settings.microbatch_limit is None else [settings.microbatch_limit]
@@ -155,7 +152,8 @@ def _probed_event(
     peak_bytes = estimated_size = None
     if isinstance(estimated, MemoryEstimate):
         peak_bytes = None if size is None else estimated.peak_bytes(size)
-        estimated_size = estimated.largest_microbatch(probed_bytes(question.budget_bytes), question.limit)
+        search = SearchPlan(limit=question.limit, budget_bytes=question.budget_bytes, estimate=estimated)
+        estimated_size = search.estimated_size(question.limit)
     return Probed(
         microbatch_size=size,
         budget_bytes=question.budget_bytes,

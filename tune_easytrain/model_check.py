@@ -18,7 +18,7 @@ from tune_easytrain.search_space import build_trial_space, grid_keys, grid_point
 from tune_easytrain.settings import EVALUATE_ONLY
 from tune_easytrain.strategies import with_strategies
 from tune_easytrain.task import Task
-from tune_easytrain.trial_space import MODEL_KEY, SECTION_NAMES
+from tune_easytrain.trial_space import MODEL_KEY, SECTION_NAMES, value_at
 from tune_easytrain.yaml_source import read_file
 
 _MAX_TOKENS_KEY = "batch.max_tokens"
@@ -44,7 +44,7 @@ def check_models(config: SweepConfig, task_payload: bytes, max_experiments: int 
         built.add(signature)
         try:
             task = _build_on_meta(build_task, trial)
-            known.append(str(_value_at(trial, MODEL_KEY)))
+            known.append(str(value_at(trial, MODEL_KEY)))
         except Exception as error:  # noqa: BLE001 -- whatever the user's code raises becomes a fault
             failures.append((point, trial, error))
     for point, trial, failure in failures:
@@ -142,7 +142,7 @@ def _fault(
     known: Sequence[str],
 ) -> Fault:
     key = error.key if isinstance(error, UnknownNameError) else MODEL_KEY
-    value = _value_at(trial, key)
+    value = value_at(trial, key)
     problem, remedy = f"{value!r}: building the model failed: {type(error).__name__}: {error}", ""
     if isinstance(error, UnknownNameError):
         problem, remedy = f"unknown name {error.value!r}", did_you_mean(error.value, error.valid)
@@ -170,15 +170,6 @@ def _place(config: SweepConfig, key: str, grid_value: Any) -> tuple[str, int | N
             path = (*path, listed.index(grid_value))
     fault = source.fault(path, "", "")
     return fault.source, fault.line, fault.path
-
-
-def _value_at(trial: Mapping[str, Any], key: str) -> Any:
-    value: Any = trial
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
 
 
 def _torchvision_names(error: Exception) -> list[str]:

@@ -26,6 +26,7 @@ from tune_easytrain.events import (
 from tune_easytrain.plain_text import printable
 from tune_easytrain.probe_log import describe_search
 from tune_easytrain.trial_record import TrialRecord, TrialState
+from tune_easytrain.trial_space import value_at
 
 _ROWS_SHOWN = 30
 _STYLES = {
@@ -191,9 +192,5 @@ def describe_event(record: TrialRecord, event: Event, metric: str, keys: Iterabl
 
 def config_value(record: TrialRecord, key: str) -> object:
     """Return the trial's value of a dotted config key, an empty string where it has none."""
-    value: object = record.config
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return ""
-        value = value[part]
+    value: object = value_at(record.config, key, "")
     return value

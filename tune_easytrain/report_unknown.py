@@ -14,10 +14,11 @@ from tune_easytrain.document import Block, Code, Heading, Paragraph
 from tune_easytrain.study import SEED_KEY, Arm, Study
 from tune_easytrain.study_plans import unmeasured
 from tune_easytrain.study_statistics import FEWEST_SEEDS
-from tune_easytrain.trial_space import BATCH_SIZE_KEY, EFFECTIVE_BATCH_SIZE_KEY
+from tune_easytrain.trial_space import BATCH_SIZE_KEY, EFFECTIVE_BATCH_SIZE_KEY, value_at
 
 _SEEDS_TO_ADD = 3
 _LONGEST_ERROR = 160
+_MISSING = object()
 _NEED_SEVERAL_TRIALS = ("pbt", "pb2", "bohb")
 
 
@@ -140,7 +141,8 @@ def command_for(
         size_key = EFFECTIVE_BATCH_SIZE_KEY
     if size is not None:
         _put(config, size_key, size)
-    values = {key: [value_at(config, key)] for key in grid if _has(config, key)}
+    found = {key: value_at(config, key, _MISSING) for key in grid}
+    values = {key: [value] for key, value in found.items() if value is not _MISSING}
     if size is not None and not any(key == size_key or size_key.startswith(f"{key}.") for key in grid):
         values[size_key] = [size]
     if seeds and (num_seeds or SEED_KEY in grid or len(seeds) > 1):
@@ -170,22 +172,6 @@ def _without_search(sweep: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 def _yaml(value: Any) -> str:
     """Return a value as the text that `--set` reads it from; a plain word needs no quotes."""
     return value if value in ("none", "random") else json.dumps(value, ensure_ascii=False)
-
-
-def value_at(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key in a nested config; None where there is none."""
-    found: Any = config
-    for part in key.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            return None
-        found = found[part]
-    return found
-
-
-def _has(config: Mapping[str, Any], key: str) -> bool:
-    parent, _, last = key.rpartition(".")
-    found = value_at(config, parent) if parent else config
-    return isinstance(found, Mapping) and last in found
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from tune_easytrain.errors import BadInputError
 from tune_easytrain.knob import Knob
 from tune_easytrain.probe import Search
 from tune_easytrain.training_budget import TrainingBudget
+from tune_easytrain.trial_space import value_at
 
 EVALUATE_ONLY = "none"
 """What `train.function` says where a trial is evaluated once, and not trained."""
@@ -138,6 +139,13 @@ class TrialSettings:
             knob=find_knob(config),
         )
 
+    def window_size(self, num_samples: int | None) -> int | None:
+        """Return how many samples are cut into micro-batches: E, or where nothing is trained all there are.
+
+        `num_samples` is how many there are, None where that is not known.
+        """
+        return num_samples if self.evaluates_only else self.effective_batch_size
+
     def given_start(self, limit: int) -> int | None:
         """Return the first size to try, as given or by the knob's rule of thumb; None: it is estimated."""
         if self.start is None and self.knob is not None and self.search == "grow":
@@ -198,9 +206,7 @@ def find_knob(config: Mapping[str, Any]) -> Knob | None:
     key = config["batch"].get("knob")
     if key is None:
         return None
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    value = value_at(config, key)
     if not is_knob_value(value):
         raise BadInputError(f"batch.knob: {key} is {value!r} in this trial; it must be a number above 0")
     return Knob(key, value)

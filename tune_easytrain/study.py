@@ -16,7 +16,7 @@ from tune_easytrain.columns import Mode, is_missing
 from tune_easytrain.errors import BadInputError
 from tune_easytrain.frame import as_text
 from tune_easytrain.results import SweepResults
-from tune_easytrain.settings import EVALUATE_ONLY
+from tune_easytrain.settings import EVALUATE_ONLY, evaluates_only
 from tune_easytrain.trial_space import (
     BATCH_SIZE_KEY,
     EFFECTIVE_BATCH_SIZE_KEY,
@@ -238,8 +238,8 @@ def build_study(*runs: SweepResults) -> Study:
     """
     _require_one_metric(runs)
     trials = [trial for number, run in enumerate(runs) for trial in _trials(number, run)]
-    trained = [trial for trial in trials if trial.values.get(FUNCTION_KEY) != EVALUATE_ONLY]
-    if not trained and (trials or all(_only_evaluates(run) for run in runs)):
+    trained = [trial for trial in trials if not evaluates_only(trial.config)]
+    if not trained and (trials or all(evaluates_only(run.sweep()) for run in runs)):
         raise _nothing_trained(runs)
     keys = _telling_keys(runs, trained)
     has_limits = BATCH_SIZE_KEY in keys
@@ -329,10 +329,6 @@ def _require_one_metric(runs: Sequence[SweepResults]) -> None:
                 f"{run.place} is judged by {run.metric} ({run.mode}), {first.place} by {first.metric} "
                 f"({first.mode}); report them on their own"
             )
-
-
-def _only_evaluates(run: SweepResults) -> bool:
-    return bool(run.sweep()["train"].get("function") == EVALUATE_ONLY)
 
 
 def _nothing_trained(runs: Sequence[SweepResults]) -> BadInputError:

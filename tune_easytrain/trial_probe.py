@@ -13,12 +13,11 @@ from tune_easytrain.config import SweepConfig
 from tune_easytrain.errors import BadInputError, EstimateError, TaskError
 from tune_easytrain.events import Event, Planned, Probed
 from tune_easytrain.knob import Knob
-from tune_easytrain.memory_budget import probed_bytes
 from tune_easytrain.memory_estimate import MemoryEstimate
 from tune_easytrain.memory_ladder import StrategyChoice
 from tune_easytrain.memory_plan import example_configs
 from tune_easytrain.microbatch_search import find_limit, microbatch_limit
-from tune_easytrain.probe import Attempt, describe_attempt
+from tune_easytrain.probe import Attempt, SearchPlan, describe_attempt
 from tune_easytrain.protocol import Opened, Opening
 from tune_easytrain.settings import TrialSettings
 from tune_easytrain.task_source import load_sweep_functions
@@ -186,5 +185,6 @@ def _describe_starts(
     """Return where the rule of thumb and the estimate would begin, side by side."""
     known = "unknown"
     if isinstance(estimate, MemoryEstimate):
-        known = str(estimate.largest_microbatch(probed_bytes(budget_bytes), limit))
+        search = SearchPlan(limit=limit, budget_bytes=budget_bytes, estimate=estimate)
+        known = str(search.estimated_size(limit))
     return f"{knob}: rule of thumb {knob.first_size(limit)}, estimate {known}."

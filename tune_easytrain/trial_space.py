@@ -63,6 +63,20 @@ class TrialSpace:
         return self.numbered[key][int(value)] if key in self.numbered else value
 
 
+def value_at(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return the value of a dotted key in a nested config, `default` where there is none.
+
+    >>> value_at({"hp": {"batch_size": 8}}, "hp.batch_size")
+    8
+    """
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
 def _complete_budget(train: dict[str, Any]) -> None:
     """Make it one epoch where no budget is given; a sweep file gives at most one."""
     if all(train.get(key) is None for key in ("epochs", "num_samples", "num_steps")):

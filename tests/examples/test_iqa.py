@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import pickle
@@ -13,20 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from example_files import load_example
 
 import tune_easytrain as te
 from tune_easytrain.batch_plan import BatchPlan
 from tune_easytrain.loader import EpochLoader
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 iqa = load_example("iqa")

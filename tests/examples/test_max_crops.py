@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_files import load_example
 
 import tune_easytrain as te
 
@@ -16,14 +15,6 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 crops = load_example("max_crops")

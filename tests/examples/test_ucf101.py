@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import subprocess
@@ -12,18 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from example_files import load_example
 
 from tune_easytrain.errors import ConfigError, DataError, UnknownNameError
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 ucf101 = load_example("ucf101")
